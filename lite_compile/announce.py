@@ -1,0 +1,108 @@
+"""Generations announced by the user: the clock of models whose graph shows neither latents nor timestep."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+
+import torch
+from torch import Tensor
+
+from .clock import ANNOUNCED, GENERATION, STEP, slot_table
+from .ops import NOW_WORDS
+
+_numbers = itertools.count(1)
+_lock = threading.Lock()
+_active: list[Generation] = []
+
+
+class Generation:
+    """One generation, as `lite_compile.generation` hands it out."""
+
+    def __init__(self, parameters: list[Tensor] | None) -> None:
+        self._parameters = None if parameters is None else {id(parameter) for parameter in parameters}
+        self._keep = parameters  # ids stay valid as long as the tensors live
+        self._number = next(_numbers)
+        self._steps: dict[int, int] = {}
+        self._stream: int | None = None
+        self._clocks: list[Tensor] = []
+
+    def step(self, stream: int = 0) -> None:
+        """Announce that the next call of the model is the next denoising step of guidance stream `stream`.
+
+        Needed only for models in which the report finds no clock; for all others it changes nothing.
+
+        Raises:
+            ValueError: `stream` is negative.
+        """
+        if isinstance(stream, bool) or not isinstance(stream, int) or stream < 0:
+            raise ValueError(f"stream is {stream!r}; allowed: an integer >= 0")
+        self._steps[stream] = self._steps.get(stream, -1) + 1
+        self._stream = stream
+        for clock in self._clocks:
+            self._write(clock)
+
+    def covers(self, anchor: Tensor) -> bool:
+        """Whether this generation speaks for the model that parameter `anchor` belongs to."""
+        return self._parameters is None or id(anchor) in self._parameters
+
+    def attach(self, clock: Tensor) -> None:
+        """Keep `clock` up to date from now on."""
+        if not any(clock is known for known in self._clocks):
+            self._clocks.append(clock)
+            self._write(clock)
+
+    def close(self) -> None:
+        """The generation is over: calls after it use no state."""
+        self._stream = None
+        for clock in self._clocks:
+            self._write(clock)
+
+    def _write(self, clock: Tensor) -> None:
+        header = clock_header(self._number, self._stream, self._steps)
+        with torch.inference_mode(False), torch.no_grad():
+            clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32), non_blocking=True)
+
+
+def clock_header(number: int, stream: int | None, steps: dict[int, int]) -> list[int]:
+    """First words of a clock that is announced rather than advanced."""
+    header = [0] * (ANNOUNCED + 1)
+    header[GENERATION] = number
+    header[STEP] = steps.get(stream, 0) if stream is not None else 0
+    header[ANNOUNCED] = 0 if stream is None else stream + 1
+    return header
+
+
+def read_announced(clock: Tensor, max_streams: int) -> Tensor:
+    """In-graph counterpart of `clock.advance` for announced generations; same result, int32 `[NOW_WORDS]`."""
+    generation, step = clock[GENERATION], clock[STEP]
+    slot = clock[ANNOUNCED] - 1
+    slot = torch.where(slot < max_streams, slot, -1)
+    epoch = generation * max_streams + slot + 1
+    taken = torch.arange(max_streams, dtype=torch.int32, device=clock.device) == slot
+    table = slot_table(clock, max_streams)
+    rows = torch.stack([generation, step, epoch])[:, None].expand(3, max_streams)
+    table.copy_(torch.where(taken, rows, table))
+    now = torch.stack([epoch, step, slot, generation]).to(torch.int32)
+    assert now.shape == (NOW_WORDS,)
+    return now
+
+
+def active_generation(anchor: Tensor | None = None) -> Generation | None:
+    """The innermost active generation (that covers `anchor`), or None."""
+    with _lock:
+        covering = [g for g in _active if anchor is None or g.covers(anchor)]
+        return covering[-1] if covering else None
+
+
+def push(generation: Generation) -> None:
+    """Activate a generation."""
+    with _lock:
+        _active.append(generation)
+
+
+def pop(generation: Generation) -> None:
+    """Deactivate and close a generation."""
+    with _lock:
+        _active.remove(generation)
+    generation.close()

@@ -1,0 +1,94 @@
+"""`torch.compile(model, backend="liteattention")`: our passes in order, then Inductor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from torch import fx
+
+from . import ops  # noqa: F401  (registers lite_compile::attend)
+from .announce import active_generation
+from .errors import UnsupportedAttentionError
+from .options import Options
+from .passes.decide_attention import Rewrite, decide_attention
+from .passes.find_attention import find_attention
+from .passes.find_clock_inputs import find_clock_inputs
+from .passes.graph_inputs import copy_graph, fake_value, placeholders
+from .passes.insert_step_guard import insert_step_guard
+from .passes.report_attention import report_attention
+from .passes.rewrite_attention import rewrite_attention
+from .report import GraphReport, record
+from .runtime import StatefulGraph, StateInputs
+
+
+def liteattention(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compile one Dynamo graph: self-attention becomes the stateful op, the rest stays Inductor's.
+
+    Args:
+        mode, options: as given to `torch.compile`; `Options` lists the names.
+
+    Raises:
+        OptionValueError, OptionTypeError: an option is unknown or wrong.
+        UnsupportedAttentionError: `on_unsupported="error"` and some attention has to stay dense.
+    """
+    settings = Options.parse(options, mode)
+    rewritten, state, report = rewrite_graph(gm, settings)
+    if settings.on_unsupported == "error":
+        raise_unsupported(report)
+    record(report)
+    if state is None:
+        return compile_inner(gm, example_inputs, settings)
+    added = placeholders(rewritten.graph)[len(example_inputs) :]
+    compiled = compile_inner(rewritten, [*example_inputs, *map(fake_value, added)], settings)
+    return StatefulGraph(compiled, rewritten.graph, state)
+
+
+def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule, StateInputs | None, GraphReport]:
+    """All passes, on a copy of `gm`: the new graph, the state it expects (None: it is `gm`), and what was decided."""
+    graph = copy_graph(gm)
+    sites = find_attention(graph)
+    clock = find_clock_inputs(graph, sites)
+    if isinstance(clock, str) and active_generation() is not None:
+        clock = None  # the user announces the steps
+    decisions = decide_attention(sites, clock if isinstance(clock, str) else None, settings)
+    report = report_attention(decisions, str(clock or "announced by lite_compile.generation"))
+    rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
+    if not rewrites or isinstance(clock, str):
+        return gm, None, report
+    now = insert_step_guard(graph, clock, settings.max_streams, rewrites[0].device)
+    layers = rewrite_attention(graph, rewrites, now, settings.threshold, settings.max_streams)
+    graph.graph.lint()
+    graph.recompile()
+    return graph, StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, clock is None), report
+
+
+def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:
+    """Hand the graph to what compiles it after us."""
+    if settings.inner == "eager":
+        return gm
+    if settings.inner == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)
+    from torch._inductor.compile_fx import compile_fx  # takes two seconds to import
+
+    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=settings.inductor_config())
+    return compiled
+
+
+def raise_unsupported(report: GraphReport) -> None:
+    """Raise for the first site that should have been rewritten and was not."""
+    for site in report.sites:
+        if site.reason is not None and not site.reason.by_design:
+            detail = f"{site.reason.value}{': ' + site.detail if site.detail else ''}"
+            raise UnsupportedAttentionError(
+                f"on_unsupported='error': attention of layer {site.layer!r} has to stay dense ({detail}); exclude it "
+                f"with options={{'exclude_layers': [{site.layer!r}]}}, or use on_unsupported='dense'"
+            )

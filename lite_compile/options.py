@@ -1,0 +1,177 @@
+"""The options of `torch.compile(..., backend="liteattention", options={...})`: names, defaults, types and meaning."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal, cast
+
+from .errors import OptionTypeError, OptionValueError
+
+Inner = Literal["inductor", "aot_eager", "eager"]
+OnUnsupported = Literal["dense", "error"]
+
+
+def _option(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
+    return field(default=default, metadata={"check": check, "doc": doc})
+
+
+def _wrong_type(name: str, value: object, allowed: str) -> OptionTypeError:
+    return OptionTypeError(f"liteattention option {name!r} is {value!r} ({type(value).__name__}); allowed: {allowed}")
+
+
+def _wrong_value(name: str, value: object, allowed: str) -> OptionValueError:
+    return OptionValueError(f"liteattention option {name!r} is {value!r}; allowed: {allowed}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+def _threshold(name: str, value: Any) -> float:
+    allowed = "a number <= 0 in log2 units, for example -10.0; -inf never skips"
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _wrong_type(name, value, allowed)
+    if math.isnan(value) or value > 0:
+        raise _wrong_value(name, value, allowed)
+    return float(value)
+
+
+def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
+    def check(name: str, value: Any) -> int:
+        allowed = f"an integer from {minimum} to {maximum}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _wrong_type(name, value, allowed)
+        if not minimum <= value <= maximum:
+            raise _wrong_value(name, value, allowed)
+        return value
+
+    return check
+
+
+def _globs(name: str, value: Any) -> tuple[str, ...]:
+    allowed = "a list of layer-name globs such as ['blocks.*.attn1']"
+    if isinstance(value, str) or not isinstance(value, list | tuple):
+        raise _wrong_type(name, value, allowed)
+    if not all(isinstance(glob, str) and glob for glob in value):
+        raise _wrong_type(name, value, allowed)
+    return tuple(value)
+
+
+def _one_of(*choices: str) -> Callable[[str, Any], str]:
+    def check(name: str, value: Any) -> str:
+        allowed = " | ".join(repr(choice) for choice in choices)
+        if not isinstance(value, str):
+            raise _wrong_type(name, value, allowed)
+        if value not in choices:
+            raise OptionValueError(f"{_wrong_value(name, value, allowed)}.{nearest(value, choices)}")
+        return value
+
+    return check
+
+
+def _mode(name: str, value: Any) -> str | None:
+    if value is None:
+        return None
+    from torch._inductor import list_mode_options
+
+    return _one_of(*list_mode_options())(name, value)
+
+
+def _inductor(name: str, value: Any) -> dict[str, Any]:
+    allowed = "a dict of torch._inductor.config entries, for example {'max_autotune': True}"
+    if not isinstance(value, Mapping):
+        raise _wrong_type(name, value, allowed)
+    if not value:
+        return {}
+    from torch._inductor import config
+
+    known = config.get_config_copy()
+    for key in value:
+        if key not in known:
+            hint = nearest(str(key), known)
+            raise OptionValueError(
+                f"liteattention option {name!r} has the unknown key {key!r}; allowed: {allowed}.{hint}"
+            )
+    return dict(value)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Validated options; the only place where their names, defaults and types are written.
+
+    Raises:
+        OptionTypeError: (a `TypeError`) a value has the wrong type.
+        OptionValueError: (a `ValueError`) a name is unknown or a value is out of range.
+    """
+
+    threshold: float = _option(
+        -10.0,
+        _threshold,
+        "How far below the running maximum of each of its rows a tile of QK^T must lie to be skipped from the next "
+        "step on, in log2 units (<= 0). More negative is more careful; -inf never skips.",
+    )
+    min_seq_len: int = _option(1024, _integer(1, 2**31 - 1), "Attention over fewer tokens than this stays dense.")
+    max_streams: int = _option(
+        4,
+        _integer(1, 64),
+        "Guidance streams (model calls on the same latents within one step) that get a mask of their own. Calls beyond "
+        "that many run dense.",
+    )
+    layers: tuple[str, ...] = _option(("*",), _globs, "Globs: only layers whose name matches one are rewritten.")
+    exclude_layers: tuple[str, ...] = _option((), _globs, "Globs: layers whose name matches one stay dense.")
+    inner: Inner = _option(
+        "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
+    )
+    mode: str | None = _option(
+        None, _mode, "Inductor mode, as in torch.compile(mode=...): 'reduce-overhead', 'max-autotune', ..."
+    )
+    inductor: dict[str, Any] = field(
+        default_factory=dict,
+        metadata={"check": _inductor, "doc": "Entries of torch._inductor.config for this compilation."},
+    )
+    on_unsupported: OnUnsupported = _option(
+        "dense",
+        _one_of("dense", "error"),
+        "What to do with attention that should be rewritten and cannot be: leave it 'dense', or raise an 'error'.",
+    )
+
+    def __post_init__(self) -> None:
+        for entry in dataclasses.fields(self):
+            checked = entry.metadata["check"](entry.name, getattr(self, entry.name))
+            object.__setattr__(self, entry.name, checked)
+        if self.inner != "inductor" and (self.mode not in (None, "default") or self.inductor):
+            name = "inductor" if self.inductor else "mode"
+            raise OptionValueError(
+                f"liteattention option {name!r} is {getattr(self, name)!r}, but inner={self.inner!r} does not run "
+                "Inductor; allowed: inner='inductor', or leave it out"
+            )
+
+    @classmethod
+    def parse(cls, options: Mapping[str, Any] | None, mode: str | None = None) -> Options:
+        """Options from what `torch.compile` hands to a backend."""
+        if options is not None and not isinstance(options, Mapping):
+            raise OptionTypeError(f"liteattention options are {options!r}; allowed: a dict")
+        given = dict(options or {})
+        known = [entry.name for entry in dataclasses.fields(cls)]
+        for name in given:
+            if name not in known:
+                raise OptionValueError(
+                    f"unknown liteattention option {name!r} (value {given[name]!r}); allowed: {', '.join(known)}."
+                    f"{nearest(str(name), known)}"
+                )
+        if mode is not None:
+            given.setdefault("mode", mode)
+        return cls(**given)
+
+    def inductor_config(self) -> dict[str, Any]:
+        """Inductor configuration that `mode` and `inductor` stand for."""
+        from torch._inductor import list_mode_options
+
+        patches = dict(cast(dict[str, Any], list_mode_options(self.mode))) if self.mode else {}
+        return {**patches, **self.inductor}

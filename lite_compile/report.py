@@ -1,0 +1,149 @@
+"""What was decided about each attention of each compiled graph, as data that prints as a table."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+from torch._guards import CompileContext
+
+
+class Reason(Enum):
+    """Why an attention was left dense. The value is what the report prints."""
+
+    EXCLUDED = "excluded by the options"
+    CROSS_ATTENTION = "cross-attention"
+    SHORT = "short sequence"
+    MASK = "attention mask"
+    CAUSAL = "causal"
+    DROPOUT = "dropout"
+    SCALE = "softmax scale is not a constant"
+    GQA = "grouped queries"
+    RANK = "not [batch, heads, tokens, head dim]"
+    GRAD = "needs gradients"
+    DTYPE = "dtype"
+    HEAD_DIM = "head dim"
+    DEVICE = "unsupported device"
+    NO_IDENTITY = "no parameter identifies the layer"
+    NO_CLOCK = "no clock"
+
+    @property
+    def by_design(self) -> bool:
+        """Whether dense is what such attention is meant to be, rather than a gap of ours."""
+        return self in (Reason.EXCLUDED, Reason.CROSS_ATTENTION, Reason.SHORT)
+
+
+@dataclass(frozen=True)
+class SiteReport:
+    """One attention of one compiled graph."""
+
+    layer: str
+    """Name of the module it belongs to, such as `blocks.0.attn1`."""
+    rewritten: bool
+    reason: Reason | None
+    detail: str
+    """What exactly stood in the way, and what would help."""
+    q_shape: tuple[int | str, ...]
+    k_shape: tuple[int | str, ...]
+    dtype: str
+    kernel: str
+    """Kernel that runs it: `cpu`, `triton`, or `dense` for whatever PyTorch picks."""
+
+    @property
+    def decision(self) -> str:
+        return "rewritten" if self.rewritten else "dense"
+
+
+@dataclass(frozen=True)
+class GraphReport:
+    """All attention of one compiled graph."""
+
+    sites: tuple[SiteReport, ...]
+    clock: str
+    """Where the step clock reads latents and timestep, or why there is none."""
+
+    def __str__(self) -> str:
+        return str(Report((self,)))
+
+
+@dataclass(frozen=True)
+class Report:
+    """All attention of several compiled graphs. `str(report)` is a table."""
+
+    graphs: tuple[GraphReport, ...]
+
+    @property
+    def sites(self) -> list[SiteReport]:
+        return [site for graph in self.graphs for site in graph.sites]
+
+    @property
+    def rewritten(self) -> list[SiteReport]:
+        return [site for site in self.sites if site.rewritten]
+
+    @property
+    def declined(self) -> list[SiteReport]:
+        return [site for site in self.sites if not site.rewritten]
+
+    def reasons(self) -> dict[Reason, int]:
+        """How many sites were left dense for each reason."""
+        return dict(Counter(site.reason for site in self.declined if site.reason))
+
+    def __iter__(self) -> Iterator[SiteReport]:
+        return iter(self.sites)
+
+    def __str__(self) -> str:
+        if not self.graphs:
+            return "liteattention: nothing has been compiled yet"
+        lines = []
+        for number, graph in enumerate(self.graphs):
+            done = sum(site.rewritten for site in graph.sites)
+            lines.append(
+                f"graph {number}: {done} of {len(graph.sites)} attention sites rewritten; clock: {graph.clock}"
+            )
+            rows = [("layer", "decision", "q", "k", "dtype", "kernel", "reason")]
+            for site in graph.sites:
+                reason = "" if site.reason is None else site.reason.value
+                if site.detail:
+                    reason += f": {site.detail}"
+                shapes = ["x".join(map(str, shape)) for shape in (site.q_shape, site.k_shape)]
+                rows.append((site.layer, site.decision, *shapes, site.dtype, site.kernel, reason))
+            if graph.sites:
+                lines += format_table(rows)
+        return "\n".join(lines)
+
+
+def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Rows as aligned lines, the first one being the header."""
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [lines[0], "  " + "-" * (len(lines[0]) - 2), *lines[1:]]
+
+
+_lock = threading.Lock()
+_compiled: list[tuple[object, GraphReport]] = []
+
+
+def record(graph: GraphReport) -> None:
+    """Remember the decisions about one compiled graph; Dynamo's second attempt at a compilation replaces its first."""
+    attempt = CompileContext.try_get()
+    with _lock:
+        if attempt is not None and _compiled and _compiled[-1][0] is attempt:
+            _compiled.pop()
+        _compiled.append((attempt, graph))
+
+
+def report() -> Report:
+    """Decisions about all graphs compiled with `backend="liteattention"` in this process so far."""
+    with _lock:
+        return Report(tuple(graph for _, graph in _compiled))
+
+
+def clear_report() -> None:
+    """Forget all recorded decisions."""
+    with _lock:
+        _compiled.clear()

@@ -1,0 +1,84 @@
+"""What the skip states say: density per layer and guidance stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from .clock import GENERATION, slot_table
+from .control import model_parameters
+from .layer_state import LayerState, layer_states
+from .report import format_table
+from .skip_state import COMPUTED_WORD, GENERATION_WORD, row_layout, tile_count, unpack_bits
+
+
+@dataclass(frozen=True)
+class StreamStats:
+    """One guidance stream of one layer, in the current generation."""
+
+    layer: str
+    stream: int
+    density: float
+    """Share of the tiles of QK^T that the last call computed, 0 to 1."""
+    steps: int
+    """Denoising steps seen in this generation."""
+    generations: int
+    """Generations that the model's clock has seen so far."""
+    state_bytes: int
+    """Memory of the layer's state for this input shape, all streams together."""
+
+
+@dataclass(frozen=True)
+class Stats:
+    """Statistics of several layers; `str(stats)` is a table."""
+
+    streams: tuple[StreamStats, ...]
+
+    @property
+    def density(self) -> float:
+        """Mean density over layers and streams (1.0 when nothing has run)."""
+        values = [stream.density for stream in self.streams]
+        return sum(values) / len(values) if values else 1.0
+
+    def __str__(self) -> str:
+        if not self.streams:
+            return "liteattention: no attention state yet"
+        rows = [("layer", "stream", "density", "steps", "generations")]
+        rows += [(s.layer, str(s.stream), f"{s.density:.3f}", str(s.steps), str(s.generations)) for s in self.streams]
+        return "\n".join(format_table(rows))
+
+
+def stats(model: nn.Module | None = None) -> Stats:
+    """Density of the last call, steps and generations seen, per layer and stream of `model` (None: of all models).
+
+    Reads the states from the device, so it waits for it: call it between steps, not inside a timed loop.
+    """
+    found = [stream for state in layer_states(model_parameters(model)) for stream in _streams(state)]
+    return Stats(tuple(found))
+
+
+def skip_mask(state: LayerState, stream: int) -> Tensor:
+    """bool `[B, H, q_tiles, k_tiles]`: the tiles that the stream's next call will skip."""
+    k_tiles = tile_count(state.k_len, state.tile.k)
+    rows = state.state[stream].cpu()
+    epoch = int(slot_table(state.clock.cpu(), state.max_streams)[2, stream])
+    mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
+    return mask & (rows[..., GENERATION_WORD] == epoch)[..., None]
+
+
+def _streams(state: LayerState) -> list[StreamStats]:
+    clock = state.clock.cpu()
+    generations = int(clock[GENERATION])
+    slot_generation, slot_step, slot_epoch = slot_table(clock, state.max_streams).tolist()
+    k_tiles = tile_count(state.k_len, state.tile.k)
+    found = []
+    for slot in range(state.max_streams):
+        header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()
+        current = header[..., GENERATION_WORD] == slot_epoch[slot]
+        if slot_generation[slot] != generations or not bool(current.all()):
+            continue  # this shape, or this stream, has not run in the current generation
+        density = float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles
+        found.append(StreamStats(state.layer, slot, density, slot_step[slot] + 1, generations, state.state.nbytes))
+    return found

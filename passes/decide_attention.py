@@ -1,0 +1,125 @@
+"""Decide for each attention site: rewrite it, and how, or leave it dense, and why."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
+from ..options import Options
+from ..report import Reason
+from .find_attention import AttentionSite
+from .graph_inputs import fake_tensor
+from .trace_projections import same_source, trace_projections
+
+_ANNOUNCE = (
+    "run the sampling loop in `with lite_compile.generation(model) as g:` from the first call on, "
+    "with `g.step()` before each call"
+)
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """A site that becomes the stateful op."""
+
+    site: AttentionSite
+    scale: float
+    kernel: Kernel
+    weight: fx.Node
+    """Parameter whose identity is the layer's identity."""
+    ordinal: int
+    """Number of this site among those of the graph that share `weight`."""
+    device: torch.device
+
+
+@dataclass(frozen=True)
+class Decline:
+    """A site that stays dense."""
+
+    site: AttentionSite
+    reason: Reason
+    detail: str = ""
+
+
+def decide_attention(
+    sites: Sequence[AttentionSite], missing_clock: str | None, options: Options
+) -> list[Rewrite | Decline]:
+    """One decision per site. `missing_clock` says what the clock lacks, or is None. The graph is not changed."""
+    uses: Counter[fx.Node] = Counter()
+    decisions = []
+    for site in sites:
+        decision = _decide(site, missing_clock, options, uses)
+        if isinstance(decision, Rewrite):
+            uses[decision.weight] += 1
+        decisions.append(decision)
+    return decisions
+
+
+def _decide(
+    site: AttentionSite, missing_clock: str | None, options: Options, uses: Counter[fx.Node]
+) -> Rewrite | Decline:
+    def matches(globs: Sequence[str]) -> bool:
+        return any(fnmatchcase(site.layer, glob) for glob in globs)
+
+    if not matches(options.layers) or matches(options.exclude_layers):
+        return Decline(site, Reason.EXCLUDED)
+    q, k, v = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.v)
+    out = fake_tensor(site.node)
+    if q is None or k is None or v is None or out is None or {q.dim(), k.dim(), v.dim()} != {4}:
+        return Decline(site, Reason.RANK, "" if q is None else f"q has {q.dim()} dimensions")
+
+    projections = [trace_projections(node) for node in (site.q, site.k, site.v)]
+    if not statically_known_true(q.shape[2] == k.shape[2]):
+        return Decline(site, Reason.CROSS_ATTENTION)
+    if all(projections) and not (
+        same_source(projections[0], projections[1]) and same_source(projections[0], projections[2])
+    ):
+        return Decline(site, Reason.CROSS_ATTENTION, "k and v are projected from another input")
+
+    if site.attn_mask is not None:
+        return Decline(site, Reason.MASK)
+    if site.is_causal is not False:
+        return Decline(site, Reason.CAUSAL)
+    if site.dropout_p != 0:
+        return Decline(site, Reason.DROPOUT, f"p={site.dropout_p}; call model.eval()")
+    if site.scale is not None and not isinstance(site.scale, int | float):
+        return Decline(site, Reason.SCALE)
+    if site.enable_gqa or not statically_known_true(q.shape[1] == k.shape[1]):
+        return Decline(site, Reason.GQA)
+    if not statically_known_true(q.shape[0] == k.shape[0]) or k.shape[:3] != v.shape[:3]:
+        return Decline(site, Reason.RANK, "q, k and v have to agree in batch, heads and length")
+    if any(x.requires_grad for x in (q, k, v)):
+        return Decline(site, Reason.GRAD, "the op has no backward; run under torch.no_grad()")
+    if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
+        return Decline(
+            site, Reason.DTYPE, f"q {q.dtype}, k {k.dtype}, v {v.dtype} -> {out.dtype}".replace("torch.", "")
+        )
+    dim = q.shape[3]
+    if not isinstance(dim, int) or v.shape[3] != dim or k.shape[3] != dim or not MIN_HEAD_DIM <= dim <= MAX_HEAD_DIM:
+        return Decline(
+            site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
+        )
+    if _hint(q.shape[2]) < options.min_seq_len:
+        return Decline(site, Reason.SHORT, f"{_hint(q.shape[2])} tokens, min_seq_len={options.min_seq_len}")
+    kernel = select_kernel(q.device, q.dtype, dim)
+    if isinstance(kernel, str):
+        return Decline(site, Reason.DEVICE, kernel)
+    if missing_clock is not None:
+        return Decline(site, Reason.NO_CLOCK, f"{missing_clock}; {_ANNOUNCE}")
+    if not projections[0]:
+        return Decline(site, Reason.NO_IDENTITY)
+    weight = projections[0][0].weight
+    scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
+    return Rewrite(site, scale, kernel, weight, uses[weight], q.device)
+
+
+def _hint(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)

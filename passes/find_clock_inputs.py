@@ -1,0 +1,142 @@
+"""Find the inputs that tell the step clock where a call stands: latents, timestep, conditioning."""
+
+from __future__ import annotations
+
+import operator
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from .find_attention import AttentionSite
+from .graph_inputs import argument_name, fake_tensor, fake_value, is_static, placeholders
+
+_LATENT_NAMES = {
+    "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
+    "z", "zt", "x_t",
+}  # fmt: skip
+_TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "time_step"}
+_PER_STEP_INPUTS = re.compile(r"controlnet|residual|block_samples")
+"""Conditioning that changes from step to step cannot tell streams apart."""
+
+_TOWARDS_EMBEDDING = {
+    "to", "float", "half", "bfloat16", "double", "type_as", "type", "view", "reshape", "flatten", "unflatten",
+    "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "contiguous", "mul", "div", "add", "sub", "neg", "clone", "detach",
+    operator.getitem, operator.mul, operator.truediv, operator.add, operator.sub, operator.neg,
+    torch.mul, torch.div, torch.add, torch.sub, torch.outer, torch.unsqueeze, torch.flatten, torch.reshape,
+}  # fmt: skip
+_EMBEDDING = {"sin", "cos", torch.sin, torch.cos}
+
+
+@dataclass(frozen=True)
+class ClockInputs:
+    """Graph inputs that the step clock reads."""
+
+    latents: fx.Node
+    timestep: fx.Node
+    conditions: tuple[fx.Node, ...]
+
+    def __str__(self) -> str:
+        names = [argument_name(node) or node.name for node in (self.latents, self.timestep)]
+        return f"latents from {names[0]!r}, timestep from {names[1]!r}, {len(self.conditions)} conditioning inputs"
+
+
+def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> ClockInputs | str:
+    """The clock's inputs by argument name, else by data flow; or what is missing, as text.
+
+    *Latents* feed the queries of an attention site; among several, the argument's name decides, then the shape of the
+    output, then size. The *timestep* is a small input, one value per sample or per token, that is named so or that
+    reaches a sine or cosine through pointwise operations.
+    """
+    inputs = [n for n in placeholders(gm.graph) if not is_static(n) and fake_tensor(n) is not None]
+    latents = _find_latents(gm, inputs, sites)
+    if latents is None:
+        return "no input looks like latents"
+    timestep = _find_timestep([n for n in inputs if n is not latents], latents)
+    if timestep is None:
+        return "no tensor input looks like a timestep"
+    conditions = tuple(n for n in inputs if n not in (latents, timestep) and _is_condition(n))
+    return ClockInputs(latents, timestep, conditions)
+
+
+def _is_condition(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    assert value is not None
+    return not value.is_complex() and not _PER_STEP_INPUTS.search(argument_name(node) or node.name)
+
+
+def _find_latents(gm: fx.GraphModule, inputs: list[fx.Node], sites: Sequence[AttentionSite]) -> fx.Node | None:
+    reaching = _ancestors([site.q for site in sites])
+    candidates = [n for n in inputs if n in reaching and _is_latent_like(n)]
+    named = [n for n in candidates if argument_name(n) in _LATENT_NAMES]
+    outputs = [value for n in gm.graph.output_node().all_input_nodes if (value := fake_tensor(n)) is not None]
+    shaped = [n for n in candidates if any(_same_shape(n, value) for value in outputs)]
+    return max(named or shaped or candidates, key=_size, default=None)
+
+
+def _is_latent_like(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    return value is not None and value.is_floating_point() and value.dim() >= 3
+
+
+def _same_shape(node: fx.Node, output: torch.Tensor) -> bool:
+    value = fake_tensor(node)
+    return (
+        value is not None
+        and value.dim() == output.dim()
+        and all(statically_known_true(a == b) for a, b in zip(value.shape, output.shape, strict=True))
+    )
+
+
+def _size(node: fx.Node) -> int:
+    value = fake_tensor(node)
+    assert value is not None
+    size = value.numel()
+    return size if isinstance(size, int) else int(size.node.hint or 0)
+
+
+def _find_timestep(inputs: list[fx.Node], latents: fx.Node) -> fx.Node | None:
+    batch = fake_tensor(latents).shape[0]  # type: ignore[union-attr]
+    candidates = [n for n in inputs if _is_timestep_like(n, batch)]
+    embedded = [n for n in candidates if _reaches_embedding(n)]
+    flat = [n for n in candidates if fake_tensor(n).dim() <= 1]  # type: ignore[union-attr]
+    for group in (embedded, flat):
+        for node in group:
+            if argument_name(node) in _TIMESTEP_NAMES:
+                return node
+    return embedded[0] if embedded else None
+
+
+def _is_timestep_like(node: fx.Node, batch: int | torch.SymInt) -> bool:
+    value = fake_value(node)
+    if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or value.is_complex() or value.dim() > 2:
+        return False
+    return (
+        value.dim() == 0 or statically_known_true(value.shape[0] == batch) or statically_known_true(value.numel() == 1)
+    )
+
+
+def _reaches_embedding(start: fx.Node) -> bool:
+    seen, pending = {start}, [start]
+    while pending:
+        for user in pending.pop().users:
+            if user.target in _EMBEDDING:
+                return True
+            if user.target in _TOWARDS_EMBEDDING and user not in seen:
+                seen.add(user)
+                pending.append(user)
+    return False
+
+
+def _ancestors(nodes: Sequence[object]) -> set[fx.Node]:
+    pending = [n for n in nodes if isinstance(n, fx.Node)]
+    seen = set(pending)
+    while pending:
+        for parent in pending.pop().all_input_nodes:
+            if parent not in seen:
+                seen.add(parent)
+                pending.append(parent)
+    return seen

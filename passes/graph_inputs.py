@@ -1,0 +1,88 @@
+"""Inputs of a Dynamo graph: what each one is, and how another one is appended."""
+
+from __future__ import annotations
+
+import re
+
+import torch
+from torch import fx
+from torch._dynamo.source import LocalSource
+
+
+def placeholders(graph: fx.Graph) -> list[fx.Node]:
+    """The graph's inputs, in calling order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def fake_value(node: fx.Node) -> object:
+    """The fake tensor (or symbol) that Dynamo computed for `node`."""
+    return node.meta.get("example_value")
+
+
+def fake_tensor(node: object) -> torch.Tensor | None:
+    """`fake_value` where it is a tensor."""
+    value = fake_value(node) if isinstance(node, fx.Node) else None
+    return value if isinstance(value, torch.Tensor) else None
+
+
+def source_name(node: fx.Node) -> str:
+    """Python expression that the input came from, such as `L['kwargs']['timestep']`; empty where Dynamo keeps none."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return ""
+    name = source.name
+    return str(name() if callable(name) else name)
+
+
+def argument_name(node: fx.Node) -> str:
+    """Name of the model argument behind an input: `timestep`; empty for positional or derived ones."""
+    match = re.search(r"\['([A-Za-z_]\w*)'\]$", source_name(node))
+    return match.group(1) if match else ""
+
+
+def is_static(node: object) -> bool:
+    """Whether a node is a parameter, a buffer or anything else that belongs to the module rather than to the call."""
+    if not isinstance(node, fx.Node):
+        return False
+    if node.op == "get_attr":
+        return True
+    if node.op != "placeholder":
+        return False
+    if isinstance(fake_value(node), torch.nn.Parameter) or "_dynamo_static_input_type" in node.meta.get(
+        "tensor_dict", {}
+    ):
+        return True
+    return source_name(node).startswith("L['self']")
+
+
+def append_input(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
+    """Append a graph input that holds state of ours: `value` is its fake tensor.
+
+    It is marked as Dynamo marks parameters whose address is not guarded, so that CUDA graphs treat it as static.
+    """
+    last = placeholders(graph)[-1]
+    with graph.inserting_after(last):
+        node = graph.placeholder(name)
+    node.meta["example_value"] = value
+    node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
+    node._dynamo_source = LocalSource(name)  # type: ignore[attr-defined]
+    return node
+
+
+def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
+    """A copy whose graph may be rewritten. The fake values are shared, the sources of the inputs are kept."""
+    graph = fx.Graph()
+    mapping: dict[fx.Node, fx.Node] = {}
+    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
+    if output is not None:
+        result, old_output = output
+        graph.output(result).meta.update(old_output.meta)
+    for old, new in mapping.items():
+        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
+            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    copy = fx.GraphModule(gm, graph)
+    copy.meta.update(gm.meta)
+    for name, value in vars(gm).items():
+        if name.startswith("_param_name_to_source"):
+            setattr(copy, name, value)
+    return copy

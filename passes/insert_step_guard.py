@@ -1,0 +1,43 @@
+"""Insert the step guard: the node that advances the model's step clock once per call."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from ..announce import read_announced
+from ..clock import advance, clock_words
+from ..ops import NOW_WORDS
+from .find_clock_inputs import ClockInputs
+from .graph_inputs import append_input, fake_value, placeholders
+
+
+def insert_step_guard(
+    gm: fx.GraphModule, inputs: ClockInputs | None, max_streams: int, device: torch.device
+) -> fx.Node:
+    """Append the clock as a graph input and advance it before anything else runs.
+
+    Without `inputs` the clock is read as the user's `lite_compile.generation` announced it.
+
+    Returns the node that says where the call stands, int32 `[NOW_WORDS]`.
+    """
+    with _fake_mode(gm):
+        fake_clock = torch.empty(clock_words(max_streams), dtype=torch.int32, device=device)
+        fake_now = torch.empty(NOW_WORDS, dtype=torch.int32, device=device)
+    clock = append_input(gm.graph, "lite_clock", fake_clock)
+    with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
+        if inputs is None:
+            now = gm.graph.call_function(read_announced, (clock, max_streams))
+        else:
+            arguments = (clock, inputs.latents, inputs.timestep, list(inputs.conditions), max_streams)
+            now = gm.graph.call_function(advance, arguments)
+    now.name = "now"
+    now.meta["example_value"] = fake_now
+    return now
+
+
+def _fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := fake_value(n), FakeTensor)), None)
+    assert mode is not None
+    return mode

@@ -1,0 +1,73 @@
+"""Trace a tensor back to the projections it comes from: which activations, through which weights."""
+
+from __future__ import annotations
+
+import operator
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from .graph_inputs import fake_tensor, is_static
+
+_POINTWISE = {
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul,
+    torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "mul_",
+}  # fmt: skip
+_CASTS_AND_VIEWS = {
+    "to", "type_as", "float", "half", "bfloat16", "contiguous", "view", "reshape", "flatten", "unflatten", "transpose",
+    "permute", "unsqueeze", "squeeze", "t", "clone", "detach", "type",
+    torch.transpose, torch.permute, torch.reshape, torch.flatten, torch.clone, torch.t,
+}  # fmt: skip
+
+
+class Projection(NamedTuple):
+    """`activation @ weight`, in whatever spelling (linear, matmul, addmm, convolution, a quantised op)."""
+
+    activation: fx.Node
+    weight: fx.Node
+
+
+def trace_projections(start: object) -> list[Projection]:
+    """Nearest projections above `start`, in a fixed order; empty where the graph does not show any."""
+    found: dict[Projection, None] = {}
+    seen: set[fx.Node] = set()
+    pending = [start] if isinstance(start, fx.Node) else []
+    while pending:
+        node = pending.pop()
+        if node in seen or is_static(node):
+            continue
+        seen.add(node)
+        projection = _as_projection(node)
+        if projection is not None:
+            found[projection] = None
+        else:
+            pending.extend(reversed(node.all_input_nodes))
+    return list(found)
+
+
+def same_source(left: list[Projection], right: list[Projection]) -> bool:
+    """Whether two tensors are projected from at least one common activation."""
+    return bool({p.activation for p in left} & {p.activation for p in right})
+
+
+def _as_projection(node: fx.Node) -> Projection | None:
+    if node.op not in ("call_function", "call_method") or node.target in _POINTWISE:
+        return None
+    inputs = node.all_input_nodes
+    weights = [root for root in map(_skip_casts, inputs) if is_static(root) and _is_matrix(root)]
+    activations = [n for n in inputs if not is_static(_skip_casts(n)) and fake_tensor(n) is not None]
+    if not weights or not activations:
+        return None
+    return Projection(_skip_casts(activations[0]), weights[0])
+
+
+def _is_matrix(node: fx.Node) -> bool:
+    value = fake_tensor(node)
+    return node.op == "get_attr" or (value is not None and value.dim() >= 2)
+
+
+def _skip_casts(node: fx.Node) -> fx.Node:
+    while node.op in ("call_function", "call_method") and node.target in _CASTS_AND_VIEWS:
+        node = node.all_input_nodes[0]
+    return node
