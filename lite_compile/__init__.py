@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from .backend import liteattention
 from .control import generation, reset
+from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
-from .explain import explain
+from .explanation import explain
+from .layer_stats import Stats, StreamStats, stats
 from .options import Options
-from .report import Reason, Report, SiteReport, clear_report, report
-from .stats import Stats, StreamStats, stats
 
 __all__ = [
     "OptionTypeError",

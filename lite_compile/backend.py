@@ -9,6 +9,7 @@ from torch import fx
 
 from . import ops  # noqa: F401  (registers lite_compile::attend)
 from .announce import active_generation
+from .decisions import GraphReport, record
 from .errors import UnsupportedAttentionError
 from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
@@ -18,7 +19,6 @@ from .passes.graph_inputs import copy_graph, fake_value, placeholders
 from .passes.insert_step_guard import insert_step_guard
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
-from .report import GraphReport, record
 from .runtime import StatefulGraph, StateInputs
 
 

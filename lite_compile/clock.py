@@ -108,7 +108,7 @@ def advance(clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequen
     identical = ~changed.any()
     same_step = started & identical & (delta == 0)
     next_step = started & ~identical & (delta * direction >= 0) & (now != first).any() & (cosine >= bound)
-    next_step = next_step & torch.isfinite(t) & torch.isfinite(last_t)
+    next_step = next_step & torch.isfinite(t) & torch.isfinite(last_t) & torch.isfinite(now).all()
     new = ~(same_step | next_step)
 
     generation = clock[GENERATION] + new.int()

@@ -33,6 +33,11 @@ def allocate_outputs(q: Tensor, v: Tensor, heads_last: bool, return_lse: bool) -
     return out, lse
 
 
+def _refuse_gradients(*inputs: Tensor) -> None:
+    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+        raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
+
+
 @torch.library.register_fake("lite_compile::attend", lib=_library)
 def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
@@ -48,6 +53,7 @@ def _attend_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_cpu import attend_cpu
 
+    _refuse_gradients(q, k, v)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend_cpu(q, k, v, state, now, scale, threshold, TileShape(tile_q, tile_k), out, lse if return_lse else None)
     return out, lse
@@ -60,6 +66,7 @@ def _attend_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_triton import attend_triton
 
+    _refuse_gradients(q, k, v)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend_triton(q, k, v, state, now, scale, threshold, TileShape(tile_q, tile_k), out, lse if return_lse else None)
     return out, lse

@@ -12,9 +12,9 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from ..report import Reason
 from .find_attention import AttentionSite
 from .graph_inputs import fake_tensor
 from .trace_projections import same_source, trace_projections

@@ -24,7 +24,8 @@ _PER_STEP_INPUTS = re.compile(r"controlnet|residual|block_samples")
 
 _TOWARDS_EMBEDDING = {
     "to", "float", "half", "bfloat16", "double", "type_as", "type", "view", "reshape", "flatten", "unflatten",
-    "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "contiguous", "mul", "div", "add", "sub", "neg", "clone", "detach",
+    "squeeze", "unsqueeze", "expand", "expand_as", "repeat", "contiguous", "mul", "div", "add", "sub", "neg", "clone",
+    "detach",
     operator.getitem, operator.mul, operator.truediv, operator.add, operator.sub, operator.neg,
     torch.mul, torch.div, torch.add, torch.sub, torch.outer, torch.unsqueeze, torch.flatten, torch.reshape,
 }  # fmt: skip

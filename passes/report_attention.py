@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..report import GraphReport, SiteReport
+from ..decisions import GraphReport, SiteReport
 from .decide_attention import Decline, Rewrite
 from .graph_inputs import fake_tensor
 

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from .clock import GENERATION, slot_table
 from .control import model_parameters
+from .decisions import format_table
 from .layer_state import LayerState, layer_states
-from .report import format_table
 from .skip_state import COMPUTED_WORD, GENERATION_WORD, row_layout, tile_count, unpack_bits
 
 

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 
 from .backend import rewrite_graph
+from .decisions import GraphReport, Report
 from .options import Options
 from .passes.graph_inputs import fake_value, placeholders
-from .report import GraphReport, Report
 from .runtime import SizeResolver
 
 

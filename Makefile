@@ -1,0 +1,75 @@
+# `make help` lists the targets. PYTHON is the interpreter that the environment is made with.
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.lite-compile-installed
+TYPES := build/types
+SITE := build/site
+MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
+CHECKED := lite_compile passes kernels tests examples benchmarks
+
+.DEFAULT_GOAL := help
+.PHONY: help env demo test test-gpu lint format types bench-cpu build clean
+
+help:  ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+env: $(STAMP)  ## make or update the environment in .venv
+
+demo: $(STAMP)  ## compare Inductor alone with backend="liteattention" on a Wan pipeline (DEMO_ARGS="--steps 30")
+	$(BIN)/python examples/demo.py $(DEMO_ARGS)
+
+test: lint types  ## everything that runs without a GPU: ruff, mypy, pytest (PYTEST_ARGS="-k clock")
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+lint: $(STAMP)  ## ruff check and ruff format --check
+	$(BIN)/ruff check $(CHECKED)
+	$(BIN)/ruff format --check $(CHECKED)
+
+format: $(STAMP)  ## let ruff rewrite the sources
+	$(BIN)/ruff check --fix $(CHECKED)
+	$(BIN)/ruff format $(CHECKED)
+
+# The folders are mapped by package-dir, which mypy does not know: it has to see an installed copy.
+types: $(STAMP)  ## mypy on an installed copy
+	@rm -rf $(TYPES) build/lib
+	@$(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --target $(TYPES) .
+	cd $(TYPES) && $(MYPY) -p lite_compile
+	cd $(TYPES) && $(MYPY) --follow-imports=silent $(CURDIR)/examples
+
+# For a machine whose own python has torch with CUDA (and pytest): nothing is downloaded, nothing is installed into it.
+GPU_DTYPE ?= bfloat16
+GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/test_lifetime.py tests/test_inductor.py
+
+test-gpu:  ## tests/gpu on a CUDA machine, with PYTHON's own torch
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
+	    { echo "make test-gpu: $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
+	@rm -rf $(SITE) build/lib
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
+	LITE_TEST_DEVICE=cuda LITE_TEST_DTYPE=$(GPU_DTYPE) PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH \
+	    $(PYTHON) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
+
+bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
+	$(BIN)/python benchmarks/bench_cpu.py
+
+build: $(STAMP)  ## sdist and wheel in dist/
+	@rm -rf build/lib
+	$(BIN)/python -m build
+
+clean:  ## remove what the targets made, the environment included
+	rm -rf $(VENV) build dist demo_output *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	find lite_compile passes kernels tests examples benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "Python 3.10 or newer is needed; $(PYTHON) is $$($(PYTHON) --version 2>&1). Name another: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || \
+	    { rm -rf $(VENV); echo "$(PYTHON) -m venv failed (on Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }
+
+$(STAMP): pyproject.toml constraints.txt | $(BIN)/python
+	@echo "installing into $(VENV) (some minutes the first time; torch is the largest part)"
+	@$(BIN)/python -m pip install --quiet -c constraints.txt 'setuptools>=77' -e '.[dev]'
+	@touch $@

@@ -1,0 +1,125 @@
+"""Time of one attention call on a GPU at several skipped shares, next to cuDNN's dense attention.
+
+Proves the result right against float64 before it times anything. `python benchmarks/bench_gpu.py [--json FILE]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import triton
+from lite_compile.kernels.attend_triton import triton_tile
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count
+
+SHAPES = [(1, 12, 32760, 128), (1, 24, 17408, 64), (2, 16, 4096, 64)]
+SKIPPED = [0.0, 0.42, 0.77]
+EPOCH = 1
+
+
+def inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
+    """q, k, v in bf16, laid out `[B, S, H, D]` in memory as diffusers does."""
+    batch, heads, length, dim = shape
+    return [
+        torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
+    ]
+
+
+def imposed_state(shape: tuple[int, int, int, int], tile: TileShape, skipped: float) -> tuple[Tensor, Tensor]:
+    """A state in which each row of tiles skips a random `skipped` of its tiles, and those tiles as bools."""
+    batch, heads, length, _ = shape
+    k_tiles = tile_count(length, tile.k)
+    state = torch.zeros(state_shape(1, batch, heads, length, length, tile), dtype=torch.int32, device="cuda")
+    order = torch.rand(*state.shape[1:4], k_tiles, device="cuda").argsort(-1).argsort(-1)
+    mask = order < round(skipped * k_tiles)
+    layout = row_layout(k_tiles)
+    state[0, ..., 0] = EPOCH
+    state[0, ..., layout.mask_start :] = pack_bits(mask, layout.mask_words)
+    return state, mask
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, tile: TileShape) -> float:
+    """Relative error of the first and last rows of tiles against float64 over the kept tiles."""
+    out, _ = attend(q, k, v, state.clone(), tile)
+    worst = 0.0
+    for row in (0, mask.shape[2] - 1):
+        rows = slice(row * tile.q, min((row + 1) * tile.q, q.shape[2]))
+        scores = q[0, 0, rows].double() @ k[0, 0].double().T * q.shape[-1] ** -0.5
+        dropped = mask[0, 0, row].repeat_interleave(tile.k)[: k.shape[2]]
+        expected = scores.masked_fill(dropped, -torch.inf).softmax(-1) @ v[0, 0].double()
+        worst = max(worst, float((out[0, 0, rows].double() - expected).norm() / expected.norm()))
+    assert worst < 6e-3, f"wrong result: relative error {worst}"
+    return worst
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, tile: TileShape) -> tuple[Tensor, Tensor]:
+    """One call that uses and records the state; random inputs mark nothing at this threshold."""
+    return torch.ops.lite_compile.attend(q, k, v, state, NOW, q.shape[-1] ** -0.5, -1000.0, tile.q, tile.k)
+
+
+def sustained(call: object, repeats: int) -> float:
+    """Median milliseconds of back-to-back launches."""
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    for _ in range(5):
+        call()
+    for event in events[:-1]:
+        event.record()
+        call()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in zip(events, events[1:], strict=False))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument("--tile", type=int, nargs=2, action="append", help="also time this tile size (q k)")
+    arguments = parser.parse_args()
+    global NOW
+    NOW = torch.tensor([EPOCH, 1, 0, 1], dtype=torch.int32, device="cuda")
+    rows = []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, sustained")
+    print(
+        f"{'shape':>20} {'tile':>8} {'skipped':>8} {'ms':>8} {'TF eff.':>8} {'cuDNN ms':>9} {'speed-up':>8} {'vs ideal':>8}"
+    )
+    for shape in SHAPES:
+        q, k, v = inputs(shape)
+        flops = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
+        repeats = 40 if shape[2] > 8192 else 200
+        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+            cudnn = sustained(lambda: F.scaled_dot_product_attention(q, k, v), repeats)  # noqa: B023
+        default = triton_tile(torch.cuda.get_device_capability(), q.dtype, shape[3])
+        for tile in [default, *(TileShape(*t) for t in arguments.tile or [])]:
+            for share in SKIPPED:
+                state, mask = imposed_state(shape, tile, share)
+                error = check(q, k, v, state, mask, tile)
+                actual = float(mask.float().mean())
+                ms = sustained(lambda: attend(q, k, v, state, tile), repeats)  # noqa: B023
+                row = {
+                    "shape": shape, "tile": tile, "skipped": actual, "ms": ms, "cudnn_ms": cudnn, "error": error,
+                    "effective_tflops": flops * (1 - actual) / ms / 1e9,
+                }  # fmt: skip
+                rows.append(row)
+                print(
+                    f"{'x'.join(map(str, shape)):>20} {f'{tile.q}x{tile.k}':>8} {actual:8.3f} {ms:8.3f} "
+                    f"{row['effective_tflops']:8.0f} {cudnn:9.3f} {cudnn / ms:8.2f} {(1 - actual) * cudnn / ms:8.2f}"
+                )
+    if arguments.json:
+        record = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "python": platform.python_version(), "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,293 @@
+"""Attention on NVIDIA GPUs that skips the key tiles its state marks: one Triton program per tile of queries.
+
+`ops.attend_reference` is the specification. The skip bits of a program are expanded into a list of tile indices before
+its main loop: a test per tile inside the loop would keep Triton from pipelining the loads.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..ops import LOG2_E, NOW_GENERATION, NOW_SLOT
+from ..skip_state import COMPUTED_WORD, GENERATION_WORD, HEADER_WORDS, TileShape, row_layout, tile_count
+
+_GENERATION, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (GENERATION_WORD, COMPUTED_WORD, HEADER_WORDS))
+_NOW_GENERATION, _NOW_SLOT = tl.constexpr(NOW_GENERATION), tl.constexpr(NOW_SLOT)
+_LN_2 = tl.constexpr(math.log(2))
+_BLOCK = tl.constexpr(512)
+"""Tiles whose state bits are handled at once."""
+
+
+@triton.jit
+def _load_rows(pointers, row_inside, dim_inside, ALL_ROWS: tl.constexpr, ALL_DIMS: tl.constexpr):
+    """Tile `[rows, BLOCK_D]`, zeros outside; no mask where a constexpr says that none is needed."""
+    if ALL_ROWS and ALL_DIMS:
+        return tl.load(pointers)
+    elif ALL_ROWS:
+        return tl.load(pointers, mask=dim_inside[None, :], other=0.0)
+    elif ALL_DIMS:
+        return tl.load(pointers, mask=row_inside[:, None], other=0.0)
+    else:
+        return tl.load(pointers, mask=row_inside[:, None] & dim_inside[None, :], other=0.0)
+
+
+@triton.jit
+def _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group):
+    """Tiles at the places `start ...` of the ring, and whether each is an anchor to visit, another to visit, skipped.
+
+    All are int32 `[_BLOCK]`, the last three 0 or 1, and 0 past the end of the ring. `recorded`: `k_tiles`, or 0 if the
+    row is to be read as empty.
+    """
+    place = start + tl.arange(0, _BLOCK)
+    tile = first + place
+    tile = tl.where(tile >= k_tiles, tile - k_tiles, tile)
+    group = tile // anchor_group
+    skip_word = tl.load(row + _HEADER + anchor_words + tile // 32, mask=place < recorded, other=0)
+    anchor_word = tl.load(row + _HEADER + group // 32, mask=place < recorded, other=0)
+    skipped = (skip_word >> (tile % 32)) & 1
+    anchor = (anchor_word >> (group % 32)) & 1
+    kept = tl.where(place < k_tiles, 1 - skipped, 0)
+    return tile, kept & anchor, kept & (1 - anchor), skipped
+
+
+@triton.jit
+def _list_visits(row, recorded, order, marks, first, k_tiles, anchor_words, anchor_group):
+    """Write the tiles to compute into `order` in `ops.visit_order`, 1 into `marks` of the others; return how many."""
+    anchor_count = 0
+    for start in range(0, k_tiles, _BLOCK):
+        _, anchor, _, _ = _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group)
+        anchor_count += tl.sum(anchor, 0)
+    anchor_end = 0
+    other_end = anchor_count
+    for start in range(0, k_tiles, _BLOCK):
+        tile, anchor, other, skipped = _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group)
+        position = tl.where(anchor == 1, anchor_end + tl.cumsum(anchor, 0), other_end + tl.cumsum(other, 0)) - 1
+        tl.store(order + position, tile.to(order.dtype.element_ty), mask=(anchor | other) == 1)
+        tl.store(marks + tile, skipped.to(marks.dtype.element_ty), mask=skipped == 1)
+        anchor_end += tl.sum(anchor, 0)
+        other_end += tl.sum(other, 0)
+    return other_end
+
+
+@triton.jit
+def _record_visits(needed, row_live, total, order, marks, start, count):
+    """Write the marks of the visits `start ... start + 31`; bit n of `needed`: visit start + n matters to this row."""
+    # A row that has met a NaN needs every tile.
+    needed = tl.where(total == total, needed, -1)
+    word = tl.reduce_or(tl.where(row_live, needed, 0), 0)
+    bit = tl.arange(0, 32)
+    visit = start + bit
+    tile = tl.load(order + visit, mask=visit < count, other=0)
+    marked = (((word >> bit) & 1) == 0) & (visit > 0)
+    tl.store(marks + tile, marked.to(marks.dtype.element_ty), mask=visit < count)
+
+
+@triton.jit
+def _write_row(row, marks, generation, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group):
+    """Write this program's row of the state."""
+    tl.store(row + _GENERATION, generation)
+    tl.store(row + _COMPUTED, count)
+    group = argmax_tile // anchor_group
+    for i in range(anchor_words):
+        bits = tl.where(row_live & (group // 32 == i), 1 << (group % 32), 0)
+        tl.store(row + _HEADER + i, tl.reduce_or(bits, 0))
+    bit = tl.arange(0, 32)[None, :]
+    for start in range(0, tl.cdiv(k_tiles, 32), _BLOCK // 32):
+        word = start + tl.arange(0, _BLOCK // 32)
+        tile = word[:, None] * 32 + bit
+        marked = tl.load(marks + tile, mask=tile < k_tiles, other=0).to(tl.int32)
+        tl.store(row + _HEADER + anchor_words + word, tl.reduce_or(marked << bit, 1), mask=word * 32 < k_tiles)
+
+
+class LaunchConfig(NamedTuple):
+    """How the kernel is compiled for one class of devices, dtypes and head dims."""
+
+    tile: TileShape
+    warps: int
+    stages: int
+
+
+def _config(tile_q: int, tile_k: int, warps: int, stages: int) -> LaunchConfig:
+    return LaunchConfig(TileShape(tile_q, tile_k), warps, stages)
+
+
+_SMALL_SHARED_MEMORY = {
+    (16, 64): _config(128, 64, 8, 3), (16, 128): _config(128, 64, 8, 2), (16, 256): _config(64, 32, 8, 2),
+    (32, 64): _config(64, 32, 8, 2), (32, 128): _config(32, 32, 8, 2), (32, 256): _config(16, 16, 8, 2),
+}  # fmt: skip
+CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
+    (8, 0): {
+        (16, 64): _config(128, 64, 4, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(64, 64, 8, 2),
+        (32, 64): _config(64, 32, 8, 2), (32, 128): _config(32, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
+    },
+    (8, 6): _SMALL_SHARED_MEMORY,
+    # 128 x 128 at head dim 128 spills a few registers, with and without marking.
+    (9, 0): {
+        (16, 64): _config(128, 128, 8, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(128, 64, 8, 2),
+        (32, 64): _config(64, 32, 4, 2), (32, 128): _config(64, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
+    },
+    (10, 0): {
+        (16, 64): _config(128, 128, 8, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(128, 32, 8, 2),
+        (32, 64): _config(64, 32, 8, 2), (32, 128): _config(64, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
+    },
+    (12, 0): _SMALL_SHARED_MEMORY,
+}  # fmt: skip
+"""By lowest compute capability of the class, then by (bits of the dtype, largest head dim). Fixed, not tuned at run
+time: the kernel mutates its state, and the tile size is the granularity of the masks."""
+
+
+@triton.jit(
+    do_not_specialize=["heads", "q_len", "k_len", "q_tiles", "k_tiles", "row_words", "anchor_words", "anchor_group"]
+)
+def _attend_kernel(
+    q, k, v, out, lse, state, now, scratch,
+    q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
+    v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s,
+    heads, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
+    qk_scale, threshold,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_LSE: tl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head; arguments as `attend_triton` documents them.
+
+    Args:
+        scratch: int16 or int32 `[programs, 2, k_tiles]`: the visit list, and one mark per tile.
+        qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
+    """
+    ALL_DIMS: tl.constexpr = HEAD_DIM == BLOCK_D
+    program = tl.program_id(0)
+    q_tile = program % q_tiles
+    batch = (program // q_tiles // heads).to(tl.int64)
+    head = (program // q_tiles % heads).to(tl.int64)
+
+    generation = tl.load(now + _NOW_GENERATION)
+    slot = tl.load(now + _NOW_SLOT)
+    recording = slot >= 0
+    row = state + (tl.maximum(slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
+    written_by = tl.load(row + _GENERATION, mask=recording, other=0)
+    recorded = tl.where(recording & (written_by == generation), k_tiles, 0)
+    order = scratch + program.to(tl.int64) * 2 * k_tiles
+    marks = order + k_tiles
+    first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
+    count = _list_visits(row, recorded, order, marks, first, k_tiles, anchor_words, anchor_group)
+    tl.debug_barrier()
+
+    q_row = tl.arange(0, TILE_Q)
+    k_row = tl.arange(0, TILE_K)
+    dim = tl.arange(0, BLOCK_D)
+    dim_inside = dim < HEAD_DIM
+    q_start = q_tile.to(tl.int64) * TILE_Q
+    row_live = q_row < q_len - q_tile * TILE_Q
+    q += batch * q_stride_b + head * q_stride_h + q_start * q_stride_s
+    k += batch * k_stride_b + head * k_stride_h
+    v += batch * v_stride_b + head * v_stride_h
+    k_offsets = k_row[:, None] * k_stride_s + dim[None, :]
+    v_offsets = k_row[:, None] * v_stride_s + dim[None, :]
+    q_block = _load_rows(q + q_row[:, None] * q_stride_s + dim[None, :], row_live, dim_inside, False, ALL_DIMS)
+
+    running = tl.full([TILE_Q], float("-inf"), tl.float32)
+    total = tl.zeros([TILE_Q], tl.float32)
+    weighted = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
+    argmax_tile = tl.zeros([TILE_Q], tl.int32)
+    needed = tl.zeros([TILE_Q], tl.int32)
+    one = tl.full([], 1, tl.int32)
+    for n in range(count):
+        tile = tl.load(order + n).to(tl.int32)
+        k_start = tile.to(tl.int64) * TILE_K
+        left = k_len - tile * TILE_K
+        k_block = _load_rows(k + k_start * k_stride_s + k_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
+        scores = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
+        if not EVEN_K:  # noqa: SIM102, decided when compiling
+            if left < TILE_K:
+                scores = tl.where((k_row < left)[None, :], scores, float("-inf"))
+        tile_max = tl.max(scores, 1) * qk_scale
+        needed |= tl.where(tile_max <= running + threshold, 0, one << (n % 32))
+        argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
+        raised = tl.maximum(running, tile_max)
+        weights = tl.exp2(scores * qk_scale - raised[:, None])
+        decay = tl.exp2(running - raised)
+        running = raised
+        total = total * decay + tl.sum(weights, 1)
+        v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
+        weighted = tl.dot(weights.to(v_block.dtype), v_block, weighted * decay[:, None], input_precision="tf32x3")
+        # The vote of all rows synchronises the warps: take it once per 32 tiles.
+        if n % 32 == 31:
+            _record_visits(needed, row_live, total, order, marks, n - 31, count)
+            needed = tl.zeros([TILE_Q], tl.int32)
+
+    weighted *= (1.0 / tl.where(total == 0, 1.0, total))[:, None]
+    out += batch * out_stride_b + head * out_stride_h + q_start * out_stride_s
+    inside = row_live[:, None] if ALL_DIMS else row_live[:, None] & dim_inside[None, :]
+    tl.store(out + q_row[:, None] * out_stride_s + dim[None, :], weighted.to(out.dtype.element_ty), mask=inside)
+    if HAS_LSE:
+        lse += (program // q_tiles).to(tl.int64) * q_len + q_start
+        tl.store(lse + q_row, (running + tl.log2(total)) * _LN_2, mask=row_live)
+    if recording:
+        _record_visits(needed, row_live, total, order, marks, count // 32 * 32, count)
+        tl.debug_barrier()
+        _write_row(row, marks, generation, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group)
+
+
+@functools.cache
+def _launch_config(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> LaunchConfig:
+    """Entry of `CONFIGS` for a device; a capability it does not know takes the nearest lower class."""
+    known = [lowest for lowest in CONFIGS if lowest <= capability]
+    if not known:
+        raise ValueError(f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")
+    if not 1 <= head_dim <= 256:
+        raise ValueError(f"head dim {head_dim}; at most 256 is supported")
+    widest = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
+    return CONFIGS[max(known)][8 * dtype.itemsize, widest]
+
+
+def triton_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> TileShape:
+    """Tile size on a device of this compute capability (8.0 or newer) for float16, bfloat16 or float32."""
+    return _launch_config(capability, dtype, head_dim).tile
+
+
+def attend_triton(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    tile: TileShape, out: Tensor, lse: Tensor | None = None,
+) -> None:  # fmt: skip
+    """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
+
+    Args:
+        q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
+            stride other than 1 costs a copy.
+        state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
+        now: int32 `[4]`: generation, step, slot (-1: compute everything, use and record nothing).
+        scale: softmax scale.
+        threshold: log2 units, <= 0; `-inf` never marks.
+        tile: tile size the state was made for, from `triton_tile`.
+        out: `[B, H, Sq, D]`, dtype of `q`, last stride 1; overwritten.
+        lse: natural-log sum of exponentials, contiguous float32 `[B, H, Sq]`; overwritten when given.
+    """
+    batch, heads, q_len, head_dim = q.shape
+    k_len = k.shape[2]
+    if scale <= 0:
+        q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
+    layout = row_layout(k_tiles)
+    programs = batch * heads * q_tiles
+    scratch = state.new_empty((programs, 2, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
+    # Triton's interpreter runs on CPU tensors.
+    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
+    config = _launch_config(capability, q.dtype, head_dim)
+    with torch.cuda.device_of(q):
+        _attend_kernel[(programs,)](
+            q, k, v, out, lse, state, now, scratch,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            heads, q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
+            scale * LOG2_E, threshold,
+            HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE_Q=tile.q, TILE_K=tile.k,
+            EVEN_K=k_len % tile.k == 0, HAS_LSE=lse is not None,
+            num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
+        )  # fmt: skip

@@ -1,0 +1,34 @@
+"""Run a function in a process that has imported everything and computed nothing."""
+
+from __future__ import annotations
+
+import multiprocessing
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import torch
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["torch", "torch._dynamo", "diffusers", "lite_compile", "models", "fresh"])
+
+
+def _serve(function: Callable[..., torch.Tensor], args: tuple[Any, ...], threads: int, result: Connection) -> None:
+    torch.set_num_threads(threads)
+    result.send(function(*args).detach().float().numpy())
+
+
+def in_fresh_process(function: Callable[..., torch.Tensor], *args: Any) -> torch.Tensor:
+    """`function(*args)` computed in a fresh process; `function` is a module-level function that returns one tensor."""
+    receiver, sender = _context.Pipe(duplex=False)
+    process = _context.Process(target=_serve, args=(function, args, torch.get_num_threads(), sender))
+    process.start()
+    sender.close()
+    try:
+        array: np.ndarray = receiver.recv()
+    except EOFError:
+        raise RuntimeError(f"{function.__name__} failed in the fresh process; its traceback is above") from None
+    finally:
+        process.join()
+    return torch.from_numpy(array)

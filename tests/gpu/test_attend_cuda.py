@@ -1,0 +1,147 @@
+"""The Triton kernel on a real GPU, against float64 and against the reference's skip states."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lite_compile.kernels.attend_triton import triton_tile
+from torch import Tensor
+
+from lite_compile.ops import attend_reference
+from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+SHAPES = [  # batch, heads, q_len, k_len, head_dim
+    (1, 2, 512, 512, 64),
+    (2, 3, 1000, 1000, 128),
+    (1, 2, 333, 777, 96),
+    (1, 1, 1, 130, 64),
+    (2, 2, 257, 65, 40),
+    (1, 2, 640, 640, 16),
+    (1, 2, 500, 500, 72),
+    (1, 2, 500, 500, 80),
+    (1, 2, 300, 900, 120),
+    (1, 2, 384, 384, 192),
+    (1, 2, 515, 515, 256),
+]
+DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+
+
+def make(
+    shape: tuple[int, ...], dtype: torch.dtype, sharpness: float = 1.0, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v as diffusers lays them out; a high sharpness makes most tiles negligible."""
+    batch, heads, q_len, k_len, dim = shape
+    generator = torch.Generator(device="cuda").manual_seed(seed)
+    tensors = []
+    for length in (q_len, k_len, k_len):
+        x = torch.randn(batch, length, heads, dim, device="cuda", generator=generator)
+        position = torch.linspace(0, 6.0, length, device="cuda")[None, :, None, None]
+        wave = torch.cat([torch.cos(position * f) for f in range(1, dim // 4 + 1)] * 4, -1)[..., :dim]
+        wave = F.pad(wave, (0, dim - wave.shape[-1]))
+        tensors.append((0.3 * x + wave).to(dtype).transpose(1, 2) if sharpness > 1 else x.to(dtype).transpose(1, 2))
+    return tensors[0] * sharpness, tensors[1], tensors[2]
+
+
+def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    scores = q.double() @ k.double().transpose(-1, -2) * scale
+    return scores.softmax(-1) @ v.double(), scores.logsumexp(-1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False
+) -> tuple[Tensor, Tensor]:
+    tile = triton_tile(torch.cuda.get_device_capability(), q.dtype, q.shape[-1])
+    now = torch.tensor([7, 0, slot, 1], dtype=torch.int32, device="cuda")
+    torch.empty_like(q).fill_(float("nan"))  # poison what the allocator may hand out as the output
+    return torch.ops.lite_compile.attend(q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse)
+
+
+def new_state(q: Tensor, k: Tensor) -> tuple[Tensor, TileShape]:
+    tile = triton_tile(torch.cuda.get_device_capability(), q.dtype, q.shape[-1])
+    shape = state_shape(2, q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
+    return torch.zeros(shape, dtype=torch.int32, device="cuda"), tile
+
+
+@pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(SHAPES, DTYPES)), ids=str)
+@pytest.mark.parametrize("scale", [None, 0.5, -0.3])
+def test_nothing_skipped_is_as_exact_as_dense_attention(
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float | None
+) -> None:
+    q, k, v = make(shape, dtype)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    expected, expected_lse = exact(q, k, v, scale)
+    dense = (F.scaled_dot_product_attention(q, k, v, scale=scale).double() - expected).norm()
+    state, _ = new_state(q, k)
+    for slot in (-1, 1):
+        out, lse = attend(q, k, v, state, slot, -float("inf"), scale, lse=True)
+        assert (out.double() - expected).norm() <= 2 * dense + 1e-6 * expected.norm()
+        assert (lse.double() - expected_lse).abs().max() < (1e-4 if dtype == torch.float32 else 2e-3)
+    assert not unpack_bits(state[..., row_layout(tile_count(k.shape[2], 64)).mask_start :], 1).any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80)], ids=str)
+def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    """Word for word, but for tiles within rounding of the threshold, which are counted."""
+    q, k, v = make(shape, dtype, sharpness=4.0)
+    scale, threshold = q.shape[-1] ** -0.5, -8.0
+    state, tile = new_state(q, k)
+    expected = state.cpu()
+    now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
+    doubles = [x.double().cpu() for x in (q, k, v)]
+    k_tiles = tile_count(k.shape[2], tile.k)
+    start = row_layout(k_tiles).mask_start
+    for _ in range(3):
+        out, _ = attend(q, k, v, state, 1, threshold, scale)
+        reference, _ = attend_reference(*doubles, expected, now, scale, threshold, tile)
+        assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
+        ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
+        assert (ours != theirs).sum() <= 0.01 * ours.numel()
+        expected.copy_(state.cpu())  # go on from one state, so that differences do not add up
+    assert ours.float().mean() > 0.2
+    assert not state[0].any()
+
+
+def test_oracle_detection() -> None:
+    q, k, v = make((1, 2, 2048, 2048, 64), torch.bfloat16, sharpness=4.0)
+    scale, threshold = 0.125, -8.0
+    state, tile = new_state(q, k)
+    for _ in range(3):
+        attend(q, k, v, state, 0, threshold, scale)
+    scores = (q.double() @ k.double().transpose(-1, -2)) * scale * 1.4426950408889634
+    tiles = scores.unflatten(2, (-1, tile.q)).unflatten(4, (-1, tile.k))
+    gap = (tiles.amax(-1) - scores.amax(-1).unflatten(2, (-1, tile.q))[..., None]).amax(3)
+    oracle, strict = gap <= threshold, gap <= threshold + 1e-2
+    marked = unpack_bits(state[0, ..., row_layout(oracle.shape[-1]).mask_start :], oracle.shape[-1])
+    assert not (marked & ~strict).any()
+    assert (marked & oracle).sum() >= 0.9 * oracle.sum()
+    assert oracle.float().mean() > 0.3
+
+
+def test_a_stale_epoch_reads_as_empty() -> None:
+    q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
+    state, _ = new_state(q, k)
+    fresh = state.clone()
+    attend(q, k, v, fresh, 0, -8.0, 0.125)
+    state[0, ..., 0] = 3
+    state[0, ..., 1:] = -1
+    out, _ = attend(q, k, v, state, 0, -8.0, 0.125)
+    dense, _ = attend(q, k, v, fresh, -1, -8.0, 0.125)
+    assert torch.equal(out, dense)
+    assert torch.equal(state, fresh)
+
+
+def test_more_than_two_to_the_31_elements() -> None:
+    q = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16).expand(1, 2, 64, 128).contiguous()
+    big = torch.empty(1, 2, 9_000_000, 128, device="cuda", dtype=torch.bfloat16)
+    big[:] = 0
+    big[:, :, -64:] = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16) * 3
+    state, _ = new_state(q, big)
+    out, _ = attend(q, big, big, state, -1, -8.0, 1.0)
+    expected = F.scaled_dot_product_attention(q, big, big, scale=1.0)
+    assert (out - expected).norm() < 2e-2 * expected.norm()

@@ -1,0 +1,99 @@
+"""The backend on a real GPU: Inductor, CUDA graphs, persistence."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from models import OPTIONS, denoise, noise, prompt, tiny_wan
+from torch._dynamo.utils import counters
+from torch.profiler import ProfilerActivity, profile
+
+import lite_compile
+from lite_compile.control import model_parameters
+from lite_compile.layer_state import layer_states
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+
+
+def options(**more: Any) -> dict[str, Any]:
+    return {**OPTIONS, "inner": "inductor", **more}
+
+
+def test_the_triton_kernel_is_used() -> None:
+    model = tiny_wan()
+    denoise(torch.compile(model, backend="liteattention", options=options()), noise(0), [prompt(0)], 2)
+    kernels = {site.kernel for site in lite_compile.report().graphs[-1].sites if site.rewritten}
+    assert kernels == {"triton"}
+
+
+def test_cuda_graphs_are_captured_and_the_state_persists() -> None:
+    """One CUDA-graph launch per call, and the same numbers and masks as without CUDA graphs."""
+    results, masks = [], []
+    for mode in ("default", "reduce-overhead"):
+        torch._dynamo.reset()
+        counters.clear()
+        model = tiny_wan()
+        run = torch.compile(model, backend="liteattention", options=options(mode=mode))
+
+        def call(**kwargs: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            return tuple(x.clone() for x in run(**kwargs))  # noqa: B023
+
+        generations = [denoise(call, noise(number), [prompt(number), prompt(9)], 8) for number in (0, 1)]
+        results.append(generations)
+        states = sorted(layer_states(model_parameters(model)), key=lambda s: s.layer)
+        masks.append([s.state.clone() for s in states])
+        assert lite_compile.stats(model).density < 1
+        assert {s.generations for s in lite_compile.stats(model).streams} == {2}
+        if mode == "reduce-overhead":
+            assert counters["inductor"]["cudagraph_skips"] == 0
+            with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as trace:
+                denoise(call, noise(2), [prompt(2)], 4)
+            launches = sum(e.count for e in trace.key_averages() if "cudaGraphLaunch" in e.key)
+            assert launches == 4
+    for plain, captured in zip(*results, strict=True):
+        assert torch.equal(plain, captured)
+    assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
+
+
+def test_no_host_synchronisation_in_a_step() -> None:
+    model = tiny_wan()
+    run = torch.compile(model, backend="liteattention", options=options())
+    arguments = {"hidden_states": noise(0), "encoder_hidden_states": prompt(0)}
+    times = [torch.tensor([t], device="cuda") for t in (1000.0, 900.0, 800.0)]
+    with torch.no_grad():
+        run(timestep=times[0], **arguments)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in times[1:]:
+                run(timestep=t, **arguments)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_both_half_precisions(dtype: torch.dtype) -> None:
+    model, dense = tiny_wan().to(dtype), tiny_wan().to(dtype)
+    run = torch.compile(model, backend="liteattention", options=options())
+    arguments = noise(0).to(dtype), [prompt(0).to(dtype)], 6
+    expected = denoise(dense, *arguments)
+    result = denoise(run, *arguments)
+    assert lite_compile.stats(model).density < 1
+    assert (result - expected).norm() < 5e-2 * expected.norm()
+
+
+def test_memory_of_the_state_is_what_the_report_says() -> None:
+    model = tiny_wan()
+    denoise(torch.compile(model, backend="liteattention", options=options()), noise(0), [prompt(0)], 2)
+    states = list(layer_states(model_parameters(model)))
+    assert {s.state_bytes for s in lite_compile.stats(model).streams} == {states[0].state.nbytes}
+    assert states[0].state.device.type == "cuda"

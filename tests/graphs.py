@@ -1,0 +1,80 @@
+"""Capture Dynamo graphs without running them, and a toy denoiser whose attention can be bent in every way."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
+from lite_compile.passes.find_attention import find_attention
+from lite_compile.passes.find_clock_inputs import find_clock_inputs
+from torch import Tensor, fx, nn
+
+from lite_compile import Options
+
+TOKENS, DIM, HEADS = 64, 32, 2
+OPTIONS = Options(min_seq_len=TOKENS)
+
+
+def capture(
+    function: Callable[..., Any], *args: Any, grad: bool = False, dynamic: bool | None = None, **kwargs: Any
+) -> fx.GraphModule:
+    """The one graph that Dynamo makes of `function(*args, **kwargs)`."""
+    graphs: list[fx.GraphModule] = []
+
+    def keep(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        graphs.append(gm)
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    assert len(graphs) == 1
+    return graphs[0]
+
+
+class Attention(nn.Module):
+    """Attention of `[B, S, DIM]` tokens; `attend` is what happens between the projections."""
+
+    def __init__(self, attend: Callable[..., Tensor] | None = None) -> None:
+        super().__init__()
+        self.to_q, self.to_k, self.to_v = (nn.Linear(DIM, DIM) for _ in range(3))
+        self.attend = attend or F.scaled_dot_product_attention
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        context = x if context is None else context
+        q, k, v = (
+            projected.unflatten(-1, (HEADS, -1)).transpose(1, 2)
+            for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+        )
+        return self.attend(q, k, v).transpose(1, 2).flatten(2)
+
+
+class Denoiser(nn.Module):
+    """Latents `[B, S, DIM]`, a timestep with its sinusoidal embedding, and a prompt `[B, S, DIM]`."""
+
+    def __init__(self, attend: Callable[..., Tensor] | None = None, cross: bool = False) -> None:
+        super().__init__()
+        self.attn = Attention(attend)
+        self.cross = Attention() if cross else None
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        angles = timestep[:, None].float() * torch.arange(DIM // 2, device=timestep.device)
+        x = hidden_states + torch.cat([angles.sin(), angles.cos()], -1)[:, None]
+        x = x + self.attn(x)
+        return x if self.cross is None else x + self.cross(x, prompt)
+
+
+def inputs(batch: int = 1, tokens: int = TOKENS, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of a `Denoiser`."""
+    shape = (batch, tokens, DIM)
+    return torch.ones(shape, dtype=dtype), torch.full((batch,), 500.0), torch.ones(shape, dtype=dtype)
+
+
+def decide(gm: fx.GraphModule, options: Options = OPTIONS) -> list[Rewrite | Decline]:
+    """Decisions about all sites of `gm`."""
+    sites = find_attention(gm)
+    clock = find_clock_inputs(gm, sites)
+    return decide_attention(sites, clock if isinstance(clock, str) else None, options)

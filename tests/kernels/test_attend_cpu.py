@@ -1,0 +1,323 @@
+"""`attend_cpu` against `attend_reference` in float64 and against what torch SDPA loses in the same dtype.
+
+Wherever states are compared, q and k are small integers and the scale is a power of two: scores are exact in every
+dtype, thresholds lie between two possible scores, and so the states must agree word for word, ties included.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
+from torch import Tensor
+
+from lite_compile.ops import LOG2_E, attend_reference
+from lite_compile.skip_state import (
+    COMPUTED_WORD,
+    GENERATION_WORD,
+    TileShape,
+    pack_bits,
+    row_layout,
+    state_shape,
+    tile_count,
+    unpack_bits,
+)
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+SMALL = TileShape(32, 16)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny GEMMs on two threads wait for each other on a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def now_at(generation: int = 1, slot: int = 0) -> Tensor:
+    return torch.tensor([generation, 0, slot, 0], dtype=torch.int32)
+
+
+def fresh_state(q: Tensor, k: Tensor, tile: TileShape, streams: int = 1) -> Tensor:
+    batch, heads, q_len, _ = q.shape
+    return torch.zeros(state_shape(streams, batch, heads, q_len, k.shape[2], tile), dtype=torch.int32)
+
+
+def skipped_bits(state: Tensor, k_len: int, tile: TileShape) -> Tensor:
+    """bool `[streams, B, H, q_tiles, k_tiles]`."""
+    k_tiles = tile_count(k_len, tile.k)
+    return unpack_bits(state[..., row_layout(k_tiles).mask_start :], k_tiles)
+
+
+def heads_last(x: Tensor) -> Tensor:
+    """The same values and shape, laid out as `[B, S, H, D]`."""
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def clustered(batch: int, heads: int, q_len: int, k_len: int, dim: int, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """Integer q and k whose rows score high with the keys of a few clusters only; v is normal."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def integers(low: int, high: int, *shape: int) -> Tensor:
+        return torch.randint(low, high + 1, shape, generator=generator).float()
+
+    centres = 4 * integers(0, 1, batch, heads, 6, dim) - 2
+    q_cluster, k_cluster = torch.arange(q_len) * 6 // q_len, torch.arange(k_len) * 6 // k_len
+    q = centres[:, :, q_cluster] + integers(-1, 1, batch, heads, q_len, dim)
+    k = centres[:, :, (k_cluster * 5 + 1) % 6] + integers(-1, 1, batch, heads, k_len, dim)
+    return q, k, torch.randn(batch, heads, k_len, dim, generator=generator)
+
+
+def exact_scale(dim: int) -> float:
+    return 2.0 ** -round(math.log2(dim) / 2)
+
+
+def threshold_between(scores: int, scale: float) -> float:
+    """Log2 units, half-way between `scores` and `scores + 1` integer scores."""
+    return -(scores + 0.5) * abs(scale) * LOG2_E
+
+
+def call(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
+    poison: Callable[[Tensor], Tensor] = heads_last,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    out = poison(torch.full((*q.shape[:3], v.shape[-1]), math.nan, dtype=q.dtype))
+    lse = torch.full(q.shape[:3], math.nan)
+    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse)
+    return out, lse
+
+
+def sdpa_error(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor, skipped: Tensor, tile: TileShape,
+) -> Tensor:  # fmt: skip
+    """What torch SDPA in the dtype of `q` loses on the tiles kept by `skipped` (bool `[B, H, q_tiles, k_tiles]`)."""
+    keep = ~skipped.repeat_interleave(tile.q, 2).repeat_interleave(tile.k, 3)[:, :, : q.shape[2], : k.shape[2]]
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+    return out.double() - expected
+
+
+def assert_close(out: Tensor, expected: Tensor, sdpa_lost: Tensor) -> None:
+    """Error at most twice that of SDPA, in norm and at the worst element, give or take four roundings of the sums."""
+    lost = out.double() - expected
+    eps = torch.finfo(torch.float64 if out.dtype == torch.float64 else torch.float32).eps
+    assert lost.norm() <= 2 * sdpa_lost.norm() + 4 * eps * expected.norm()
+    assert lost.abs().max() <= 2 * sdpa_lost.abs().max() + 4 * eps * expected.abs().max()
+
+
+def follow_reference(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, threshold: float, tile: TileShape, calls: int = 3
+) -> Tensor:
+    """Run `calls` calls beside the float64 reference; returns the final state after checking every one of them."""
+    state, now = fresh_state(q, k, tile), now_at()
+    reference_state = state.clone()
+    for _ in range(calls):
+        skipped = skipped_bits(state, k.shape[2], tile)[0]
+        out, lse = call(q, k, v, state, now, scale, threshold, tile)
+        expected, expected_lse = attend_reference(
+            q.double(), k.double(), v.double(), reference_state, now, scale, threshold, tile
+        )
+        assert torch.equal(state, reference_state)
+        assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile))
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    return state
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dim", [16, 40, 64, 80, 96, 128])
+def test_matches_reference_over_calls(dim: int, dtype: torch.dtype) -> None:
+    q, k, v = (x.to(dtype) for x in clustered(1, 2, 200, 333, dim))
+    tile = TileShape(32, 24)
+    state = follow_reference(q, k, v, exact_scale(dim), threshold_between(dim, exact_scale(dim)), tile, calls=4)
+    assert 0.3 < skipped_bits(state, 333, tile).float().mean() < 0.95
+
+
+def test_anchors_that_name_groups_of_tiles() -> None:
+    q, k, v = clustered(1, 1, 20, 600, 16)
+    tile = TileShape(16, 4)
+    assert row_layout(tile_count(600, tile.k)).anchor_group > 1
+    follow_reference(q, k, v, 0.25, threshold_between(10, 0.25), tile)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_batch_and_strided_inputs(dtype: torch.dtype) -> None:
+    q, k, v = (heads_last(x.to(dtype)) for x in clustered(2, 3, 300, 300, 64))
+    follow_reference(q, k, v, 0.125, threshold_between(60, 0.125), TileShape(128, 64))
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
+@pytest.mark.parametrize(("slot", "threads"), [(-1, 1), (0, 2)])
+@pytest.mark.parametrize("shape", [(512, 512), (509, 700), (1, 5)], ids=str)
+def test_dense_is_as_accurate_as_sdpa(dtype: torch.dtype, slot: int, threads: int, shape: tuple[int, int]) -> None:
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+    q = torch.randn(1, 4, shape[0], 64).to(dtype)
+    k, v = (torch.randn(1, 4, shape[1], 64).to(dtype) for _ in range(2))
+    tile = cpu_tile(64)
+    out, lse = call(q, k, v, fresh_state(q, k, tile), now_at(slot=slot), 0.125, -10.0, tile)
+    scores = q.double() @ k.double().mT * 0.125
+    expected = torch.softmax(scores, -1) @ v.double()
+    nothing = torch.zeros(1, 4, tile_count(shape[0], tile.q), tile_count(shape[1], tile.k), dtype=torch.bool)
+    assert_close(out, expected, sdpa_error(q, k, v, 0.125, expected, nothing, tile))
+    torch.testing.assert_close(lse, scores.logsumexp(-1).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_slot_minus_one_neither_uses_nor_records() -> None:
+    q, k, v = clustered(1, 2, 128, 128, 16)
+    state = fresh_state(q, k, SMALL)
+    threshold = threshold_between(10, 0.25)
+    dense, _ = call(q, k, v, state, now_at(slot=-1), 0.25, threshold, SMALL)
+    assert not state.any()
+    for _ in range(3):
+        call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+    before = state.clone()
+    assert skipped_bits(state, 128, SMALL).any()
+    again, _ = call(q, k, v, state, now_at(slot=-1), 0.25, threshold, SMALL)
+    assert torch.equal(state, before)
+    assert torch.equal(dense, again)
+
+
+def test_streams_are_separate() -> None:
+    q, k, v = clustered(1, 2, 128, 128, 16)
+    threshold = threshold_between(10, 0.25)
+    state, alone = fresh_state(q, k, SMALL, streams=2), fresh_state(q, k, SMALL)
+    for _ in range(3):
+        out, _ = call(q, k, v, state, now_at(slot=1), 0.25, threshold, SMALL)
+        expected, _ = call(q, k, v, alone, now_at(), 0.25, threshold, SMALL)
+        assert torch.equal(out, expected)
+    assert not state[0].any()
+    assert torch.equal(state[1], alone[0])
+
+
+def test_stale_generation_reads_as_empty() -> None:
+    q, k, v = clustered(1, 2, 128, 128, 16)
+    threshold = threshold_between(10, 0.25)
+    used, new = fresh_state(q, k, SMALL), fresh_state(q, k, SMALL)
+    for _ in range(3):
+        call(q, k, v, used, now_at(1), 0.25, threshold, SMALL)
+    out, _ = call(q, k, v, used, now_at(2), 0.25, threshold, SMALL)
+    expected, _ = call(q, k, v, new, now_at(2), 0.25, threshold, SMALL)
+    assert torch.equal(out, expected)
+    assert torch.equal(used, new)
+    assert (used[..., GENERATION_WORD] == 2).all()
+    assert (used[..., COMPUTED_WORD] == tile_count(128, SMALL.k)).all()
+
+
+def test_threshold_of_minus_infinity_never_marks() -> None:
+    q, k, v = clustered(1, 2, 128, 128, 16)
+    state = follow_reference(q, k, v, 0.25, -math.inf, SMALL)
+    assert not skipped_bits(state, 128, SMALL).any()
+
+
+@pytest.mark.parametrize("place", ["first row", "some rows", "key"])
+def test_nan_stays_in_its_row_and_never_marks(place: str) -> None:
+    q, k, v = clustered(1, 1, 120, 128, 16)
+    if place == "key":
+        k[0, 0, 40] = math.nan
+    else:
+        q[0, 0, [0] if place == "first row" else [5, 37, 119]] = math.nan
+    threshold, state = threshold_between(10, 0.25), fresh_state(q, k, SMALL)
+    reference_state = state.clone()
+    for _ in range(3):
+        out, lse = call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+        expected, _ = attend_reference(
+            q.double(), k.double(), v.double(), reference_state, now_at(), 0.25, threshold, SMALL
+        )
+        assert torch.equal(state, reference_state)
+        torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
+        assert torch.equal(lse.isnan(), expected.isnan().any(-1))
+
+
+def test_imposed_empty_row_yields_nan() -> None:
+    q, k, v = clustered(1, 2, 64, 64, 16)
+    state = fresh_state(q, k, SMALL)
+    layout = row_layout(4)
+    state[..., GENERATION_WORD] = 1
+    every_tile = pack_bits(torch.ones(4, dtype=torch.bool), layout.mask_words)
+    state[0, 0, 0, 0, layout.mask_start :] = every_tile
+    state[0, 0, 1, :, layout.mask_start :] = every_tile
+    out, lse = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL)
+    empty = torch.tensor([[True, False], [True, True]]).repeat_interleave(32, 1)[None]
+    assert torch.equal(lse.isnan(), empty)
+    assert torch.equal(out.isnan(), empty[..., None].expand_as(out))
+
+
+def test_lse_is_optional_and_runs_repeat_bit_for_bit() -> None:
+    q, k, v = (x.bfloat16() for x in clustered(1, 2, 256, 256, 64))
+    tile = cpu_tile(64)
+    outs = []
+    for _ in range(2):
+        state, out = fresh_state(q, k, tile), torch.full_like(q, math.nan)
+        for _ in range(3):
+            attend_cpu(q, k, v, state, now_at(), 0.125, threshold_between(60, 0.125), tile, out)
+        outs.append((out, state))
+    with_lse = fresh_state(q, k, tile)
+    for _ in range(3):
+        out, _ = call(q, k, v, with_lse, now_at(), 0.125, threshold_between(60, 0.125), tile)
+    assert torch.equal(outs[0][0], outs[1][0])
+    assert torch.equal(outs[0][1], outs[1][1])
+    assert torch.equal(outs[0][0], out)
+    assert torch.equal(outs[0][1], with_lse)
+
+
+def layout_ends(tiles: Tensor, k_tiles: int) -> Tensor:
+    return (tiles == 0) | (tiles == k_tiles - 1)
+
+
+def layout_scattered(tiles: Tensor, k_tiles: int) -> Tensor:
+    return torch.isin(tiles, torch.randperm(k_tiles, generator=torch.Generator().manual_seed(3))[:4])
+
+
+@pytest.mark.parametrize("layout", ["ends", "scattered", "band"])
+def test_finds_what_an_oracle_finds(layout: str) -> None:
+    torch.manual_seed(1)
+    length, dim = 2048, 64
+    tile = cpu_tile(dim)
+    k_tiles = length // tile.k
+    tiles = torch.arange(length) // tile.k
+    if layout == "band":
+        angles = torch.arange(length)[:, None] * torch.rand(dim // 2) * 0.02
+        k = 2 * torch.cat([angles.cos(), angles.sin()], -1).expand(1, 2, length, dim)
+        q = k + 0.1 * torch.randn(1, 2, length, dim)
+    else:
+        direction = torch.randn(dim).sign()
+        high = (layout_ends if layout == "ends" else layout_scattered)(tiles, k_tiles)
+        q = 2 * direction + 0.5 * torch.randn(1, 2, length, dim)
+        k = high[:, None] * 2 * direction + 0.5 * torch.randn(1, 2, length, dim)
+    state, threshold = fresh_state(q, k, tile), -12.0
+    for _ in range(3):
+        call(q, k, k, state, now_at(), dim**-0.5, threshold, tile)
+    scores = (q.double() @ k.double().mT) * (dim**-0.5 * LOG2_E)
+    maxima = scores.unflatten(-1, (k_tiles, tile.k)).amax(-1)
+    negligible = maxima <= maxima.amax(-1, keepdim=True) + threshold
+    oracle = negligible.unflatten(2, (-1, tile.q)).all(3)
+    marked = skipped_bits(state, length, tile)[0]
+    assert oracle.float().mean() > 0.5
+    assert not (marked & ~oracle).any()
+    assert (marked & oracle).sum() >= 0.9 * oracle.sum()
+
+
+@settings(max_examples=30, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2), heads=st.integers(1, 3), q_len=st.integers(1, 150), k_len=st.integers(1, 150),
+    dim=st.sampled_from([8, 16, 40, 64]), dtype=st.sampled_from([*DTYPES, torch.float64]),
+    tile=st.sampled_from([TileShape(16, 16), SMALL, TileShape(64, 64), TileShape(128, 64)]),
+    strided=st.tuples(st.booleans(), st.booleans()), scale=st.sampled_from([-0.5, -0.125, 0.0, 0.125, 0.25, 1.0]),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_shape_dtype_stride_and_scale(
+    batch: int, heads: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
+    strided: tuple[bool, bool], scale: float, seed: int,
+) -> None:  # fmt: skip
+    q, k, v = (x.to(dtype) for x in clustered(batch, heads, q_len, k_len, dim, seed))
+    if strided[0]:
+        q, k = heads_last(q), heads_last(k)
+    if strided[1]:
+        v = v.mT.contiguous().mT
+    follow_reference(q, k, v, scale, threshold_between(dim // 2, scale), tile, calls=2)

@@ -1,0 +1,97 @@
+"""Compiles `attend_triton`'s kernel for GPUs that need not be there, and checks what the compilers made of it."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from lite_compile.kernels import attend_triton  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
+SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
+
+
+class Build(NamedTuple):
+    ptx: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+
+
+def compile_offline(arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False) -> Build:
+    """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
+    kernel = attend_triton._attend_kernel
+    config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
+    constants: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
+        "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_LSE": True,
+    }  # fmt: skip
+    types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
+    types |= {"lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
+    types |= dict.fromkeys(("qk_scale", "threshold"), "fp32") | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or "_stride_" in name]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"]), built.metadata.shared)
+
+
+def resource_usage(cubin: bytes) -> tuple[int, int]:
+    """Registers per thread and bytes of stack, where spilled registers go."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    found = re.search(r"Function _attend_kernel:\s*REG:(\d+) STACK:(\d+)", listing)
+    assert found, listing
+    return int(found[1]), int(found[2])
+
+
+@pytest.mark.parametrize(
+    ("arch", "dtype", "head_dim"),
+    [(arch, BF16, head_dim) for arch in (80, 89, 90, 100) for head_dim in (64, 128)]
+    + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
+)
+def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int) -> None:
+    build = compile_offline(arch, dtype, head_dim)
+    print(
+        f"sm_{arch} {dtype} D={head_dim}: {build.registers} registers, {build.spilled_bytes} bytes spilled, "
+        f"{build.shared_bytes / 1024:.0f} KB shared, {build.ptx.count('cp.async.cg')} cp.async"
+    )
+    assert build.shared_bytes <= SHARED_KB[arch] * 1024
+    assert MATRIX_INSTRUCTION.search(build.ptx)
+    # The loads of the main loop are pipelined.
+    assert "cp.async.cg" in build.ptx
+    if head_dim in (64, 128):
+        assert build.spilled_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("capability", "same_as"), [((8, 7), (8, 6)), ((8, 9), (8, 6)), ((10, 3), (10, 0)), ((13, 0), (12, 0))]
+)
+def test_unknown_capability_takes_the_nearest_lower_class(
+    capability: tuple[int, int], same_as: tuple[int, int]
+) -> None:
+    for dtype in (BF16, FP32):
+        for head_dim in (16, 96, 256):
+            expected = attend_triton.triton_tile(same_as, dtype, head_dim)
+            assert attend_triton.triton_tile(capability, dtype, head_dim) == expected
+
+
+def test_old_capability_is_named() -> None:
+    with pytest.raises(ValueError, match=r"7\.5"):
+        attend_triton.triton_tile((7, 5), FP16, 64)

@@ -1,0 +1,195 @@
+"""Each reason to leave attention dense, and that the site next to it is rewritten."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import graphs
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import DIM, HEADS, TOKENS, Denoiser, capture, decide, inputs
+from lite_compile.passes.decide_attention import Decline, Rewrite
+from torch import Tensor, nn
+
+from lite_compile import Options, Reason
+
+sdpa = F.scaled_dot_product_attention
+
+
+def only(decisions: list[Rewrite | Decline]) -> Rewrite | Decline:
+    (decision,) = decisions
+    return decision
+
+
+def reason(attend: Any = None, options: Options = graphs.OPTIONS, **kwargs: Any) -> Reason | None:
+    decision = only(decide(capture(Denoiser(attend), *inputs(**kwargs)), options))
+    return decision.reason if isinstance(decision, Decline) else None
+
+
+def test_plain_self_attention_is_rewritten() -> None:
+    decision = only(decide(capture(Denoiser(), *inputs())))
+    assert isinstance(decision, Rewrite)
+    assert decision.scale == 1 / math.sqrt(DIM // HEADS)
+    assert decision.kernel.name == "cpu"
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5, 0.0, 2])
+def test_any_constant_scale_is_rewritten(scale: float) -> None:
+    decision = only(decide(capture(Denoiser(lambda q, k, v: sdpa(q, k, v, scale=scale)), *inputs())))
+    assert isinstance(decision, Rewrite)
+    assert decision.scale == scale
+
+
+def test_cross_attention_of_equal_length() -> None:
+    decisions = decide(capture(Denoiser(cross=True), *inputs()))
+    assert isinstance(decisions[0], Rewrite)
+    assert isinstance(decisions[1], Decline)
+    assert decisions[1].reason is Reason.CROSS_ATTENTION
+
+
+def test_cross_attention_of_another_length() -> None:
+    latents, t, _ = inputs()
+    decisions = decide(capture(Denoiser(cross=True), latents, t, torch.ones(1, 7, DIM)))
+    assert [type(d) for d in decisions] == [Rewrite, Decline]
+    assert decisions[1].reason is Reason.CROSS_ATTENTION  # type: ignore[union-attr]
+
+
+def test_values_from_another_input_make_it_cross_attention() -> None:
+    class Mixed(graphs.Attention):
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            q, k, v = (
+                t.unflatten(-1, (HEADS, -1)).transpose(1, 2) for t in (self.to_q(x), self.to_k(x), self.to_v(context))
+            )
+            return sdpa(q, k, v).transpose(1, 2).flatten(2)
+
+    model = Denoiser(cross=True)
+    model.cross = Mixed()
+    decisions = decide(capture(model, *inputs()))
+    assert decisions[1].reason is Reason.CROSS_ATTENTION  # type: ignore[union-attr]
+
+
+def test_mask() -> None:
+    mask = torch.ones(TOKENS, TOKENS, dtype=torch.bool)
+    assert reason(lambda q, k, v: sdpa(q, k, v, mask)) is Reason.MASK
+
+
+def test_causal() -> None:
+    assert reason(lambda q, k, v: sdpa(q, k, v, is_causal=True)) is Reason.CAUSAL
+
+
+def test_dropout() -> None:
+    assert reason(lambda q, k, v: sdpa(q, k, v, dropout_p=0.1)) is Reason.DROPOUT
+
+
+def test_short_sequence() -> None:
+    assert reason(options=Options(min_seq_len=TOKENS + 1)) is Reason.SHORT
+    assert reason(options=Options(min_seq_len=TOKENS)) is None
+
+
+@pytest.mark.parametrize(
+    ("dim", "expected"), [(8, Reason.HEAD_DIM), (16, None), (40, None), (256, None), (264, Reason.HEAD_DIM)]
+)
+def test_head_dim(dim: int, expected: Reason | None) -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        wide = [torch.cat([x] * 17, -1)[..., :dim] for x in (q, k, v)]
+        return sdpa(*wide)[..., :8].repeat(1, 1, 1, 2)
+
+    assert reason(attend) is expected
+
+
+def test_head_dim_of_values_differs() -> None:
+    assert reason(lambda q, k, v: torch.cat([sdpa(q, k, v[..., :8])] * 2, -1)) is Reason.HEAD_DIM
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_dtypes_that_run(dtype: torch.dtype) -> None:
+    assert reason(lambda q, k, v: sdpa(q.to(dtype), k.to(dtype), v.to(dtype)).float()) is None
+
+
+def test_dtype() -> None:
+    assert reason(lambda q, k, v: sdpa(q.double(), k.double(), v.double()).float()) is Reason.DTYPE
+
+
+def test_autocast_mix_of_dtypes() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return sdpa(q, k, v.bfloat16()).float()
+
+    assert reason(attend) is Reason.DTYPE
+
+
+def test_gradients() -> None:
+    decision = only(decide(capture(Denoiser(), *inputs(), grad=True)))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.GRAD
+    frozen = Denoiser().requires_grad_(False)
+    assert isinstance(only(decide(capture(frozen, *inputs(), grad=True))), Rewrite)
+
+
+def test_grouped_queries() -> None:
+    assert reason(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)) is Reason.GQA
+
+
+def test_rank() -> None:
+    assert reason(lambda q, k, v: sdpa(q[0], k[0], v[0])[None]) is Reason.RANK
+
+
+def test_scale_that_depends_on_a_dynamic_size() -> None:
+    model = Denoiser(lambda q, k, v: sdpa(q, k, v, scale=q.shape[2] ** -0.5))
+    decision = only(decide(capture(model, *inputs(), dynamic=True)))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.SCALE
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"exclude_layers": ["attn"]}, Reason.EXCLUDED),
+        ({"exclude_layers": ["a*"]}, Reason.EXCLUDED),
+        ({"layers": ["blocks.*"]}, Reason.EXCLUDED),
+        ({"layers": ["attn"], "exclude_layers": ["cross"]}, None),
+    ],
+)
+def test_layer_globs(options: dict[str, Any], expected: Reason | None) -> None:
+    assert reason(options=Options(min_seq_len=TOKENS, **options)) is expected
+
+
+def test_no_identity() -> None:
+    class Bare(nn.Module):
+        def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+            return sdpa(hidden_states, hidden_states, hidden_states) * timestep.sin()
+
+    decision = only(decide(capture(Bare(), torch.ones(1, 2, TOKENS, 16), torch.ones(1))))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.NO_IDENTITY
+
+
+def test_no_clock_says_what_to_add() -> None:
+    decision = only(decide(capture(graphs.Attention(), inputs()[0])))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.NO_CLOCK
+    assert "lite_compile.generation(model)" in decision.detail
+
+
+def test_unsupported_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lite_compile.passes.decide_attention.select_kernel", lambda *_: "xpu has no kernel")
+    decision = only(decide(capture(Denoiser(), *inputs())))
+    assert isinstance(decision, Decline)
+    assert (decision.reason, decision.detail) == (Reason.DEVICE, "xpu has no kernel")
+
+
+def test_layers_that_share_a_weight_are_numbered() -> None:
+    class Twice(Denoiser):
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+            x = super().forward(hidden_states, timestep, prompt)
+            return x + self.attn(x)
+
+    decisions = decide(capture(Twice(), *inputs()))
+    assert [d.ordinal for d in decisions if isinstance(d, Rewrite)] == [0, 1]
+
+
+def test_equal_lengths_under_dynamic_shapes() -> None:
+    decisions = decide(capture(Denoiser(cross=True), *inputs(), dynamic=True))
+    assert [type(d) for d in decisions] == [Rewrite, Decline]

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import graphs
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs import Denoiser, capture, inputs
+from lite_compile.passes.find_attention import find_attention, layer_name
+
+CALLS = {
+    "positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
+    "all_positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, None, 0.0, False),
+    "keywords": lambda q, k, v: F.scaled_dot_product_attention(
+        query=q, key=k, value=v, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False
+    ),
+    "mixed": lambda q, k, v: F.scaled_dot_product_attention(q, k, value=v, is_causal=False),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_call_styles_give_the_same_site(call: object) -> None:
+    (site,) = find_attention(capture(Denoiser(call), *inputs()))
+    assert [site.attn_mask, site.dropout_p, site.is_causal, site.scale, site.enable_gqa] == [
+        None,
+        0.0,
+        False,
+        None,
+        False,
+    ]
+    assert site.layer == "attn"
+    assert [tuple(n.meta["example_value"].shape) for n in (site.q, site.k, site.v)] == [(1, 2, 64, 16)] * 3
+
+
+def test_arguments_are_kept() -> None:
+    mask = torch.zeros(graphs.TOKENS, graphs.TOKENS)
+    (site,) = find_attention(
+        capture(Denoiser(lambda q, k, v: F.scaled_dot_product_attention(q, k, v, mask, scale=0.3)), *inputs())
+    )
+    assert site.scale == 0.3
+    assert site.attn_mask is not None
+
+
+def test_other_attention_is_not_a_site() -> None:
+    gm = capture(Denoiser(lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v), *inputs())
+    assert find_attention(gm) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "name"),
+    [
+        ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
+        ("L['self']._modules['blocks']._modules['0']._modules['attn1']", "blocks.0.attn1"),
+        ("L['self'].blocks[3].attn", "blocks.3.attn"),
+        ("L['self']", "fallback"),
+    ],
+)
+def test_layer_names(path: str, name: str) -> None:
+    node = torch.fx.Graph().placeholder("x")
+    node.meta["nn_module_stack"] = {"0": ("L['self']", object), "1": (path, object)}
+    assert layer_name(node, "fallback") == name

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+import torch
+from expecttest import assert_expected_inline
+from graphs import Denoiser, capture, inputs
+from lite_compile.passes.find_attention import find_attention
+from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
+from lite_compile.passes.graph_inputs import copy_graph, fake_tensor, placeholders
+from lite_compile.passes.insert_step_guard import insert_step_guard
+
+from lite_compile.clock import clock_words
+
+
+def lines_with(gm: torch.fx.GraphModule, text: str) -> str:
+    gm.recompile()
+    return "\n".join(line.split(";")[0].strip() for line in gm.code.splitlines() if text in line and "def " not in line)
+
+
+def test_clock_is_advanced_once_before_anything_else() -> None:
+    gm = copy_graph(capture(Denoiser(cross=True), *inputs()))
+    clock = find_clock_inputs(gm, find_attention(gm))
+    assert isinstance(clock, ClockInputs)
+    now = insert_step_guard(gm, clock, 3, torch.device("cpu"))
+    gm.graph.lint()
+    assert_expected_inline(
+        lines_with(gm, "advance"),
+        """\
+now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_prompt_], 3)""",
+    )
+    assert fake_tensor(placeholders(gm.graph)[-1]).shape == (clock_words(3),)  # type: ignore[union-attr]
+    assert now.prev is placeholders(gm.graph)[-1]
+
+
+def test_announced_clock_reads_no_inputs() -> None:
+    gm = copy_graph(capture(Denoiser(), *inputs()))
+    insert_step_guard(gm, None, 4, torch.device("cpu"))
+    gm.graph.lint()
+    assert_expected_inline(
+        lines_with(gm, "announced"),
+        """\
+now = lite_compile_announce_read_announced(lite_clock, 4)""",
+    )

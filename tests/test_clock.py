@@ -1,0 +1,218 @@
+"""The rules of the step clock, one by one, on the function that runs inside the graph."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite_compile.clock import advance, clock_words, identify, sample
+from lite_compile.ops import NOW_SLOT, NOW_STEP
+
+STREAMS = 4
+
+
+class Clock:
+    """A clock and the calls made so far."""
+
+    def __init__(self, max_streams: int = STREAMS) -> None:
+        self.state = torch.zeros(clock_words(max_streams), dtype=torch.int32)
+        self.max_streams = max_streams
+
+    def call(self, latents: Tensor, t: float | Tensor, *conditions: Tensor) -> tuple[int, int, int]:
+        """`(generation, step, slot)` of a call."""
+        timestep = t if isinstance(t, Tensor) else torch.tensor([t])
+        now = advance(self.state, latents, timestep, conditions, self.max_streams)
+        return int(now[3]), int(now[NOW_STEP]), int(now[NOW_SLOT])
+
+    def epoch(self) -> int:
+        return int(self.state[9])
+
+
+def noise(seed: int, shape: Sequence[int] = (1, 4, 4, 16, 16)) -> Tensor:
+    return torch.randn(tuple(shape), generator=torch.Generator().manual_seed(seed))
+
+
+def trajectory(seed: int, times: Sequence[float]) -> list[Tensor]:
+    """Flow matching: clean video at time 0, noise at time 1000."""
+    return [(1 - t / 1000) * noise(2 * seed) + t / 1000 * noise(2 * seed + 1) for t in times]
+
+
+P, N = noise(100, (1, 8, 16)), noise(101, (1, 8, 16))
+TIMES = [1000.0, 800.0, 600.0, 400.0, 200.0]
+
+
+def test_steps_and_streams_are_counted() -> None:
+    clock = Clock()
+    calls = [clock.call(x, t, p) for x, t in zip(trajectory(0, TIMES), TIMES, strict=True) for p in (P, N)]
+    assert calls == [(1, step, slot) for step in range(5) for slot in (0, 1)]
+
+
+def test_streams_keep_their_slot_when_their_order_changes() -> None:
+    clock, xs = Clock(), trajectory(0, TIMES)
+    assert [clock.call(xs[0], TIMES[0], p)[2] for p in (P, N)] == [0, 1]
+    assert [clock.call(xs[1], TIMES[1], p)[2] for p in (N, P)] == [1, 0]
+    assert clock.call(xs[2], TIMES[2], N)[2] == 1  # guidance switched off: the prompt's call is left out
+
+
+def test_equal_prompts_are_told_apart_by_order() -> None:
+    clock, xs = Clock(), trajectory(0, TIMES)
+    for x, t in zip(xs, TIMES, strict=True):
+        assert [clock.call(x, t, P)[2] for _ in range(2)] == [0, 1]
+
+
+def test_timestep_turning_back_is_a_new_generation() -> None:
+    clock, xs = Clock(), trajectory(0, TIMES)
+    for x, t in zip(xs, TIMES, strict=True):
+        clock.call(x, t, P)
+    assert clock.call(xs[-1] + 0.01, 1000.0, P) == (2, 0, 0)
+
+
+def test_unrelated_latents_are_a_new_generation_even_at_a_later_timestep() -> None:
+    clock = Clock()
+    clock.call(noise(1), 1000.0, P)
+    assert clock.call(noise(2), 900.0, P) == (2, 0, 0)
+
+
+def test_latents_of_another_size_are_a_new_generation() -> None:
+    clock = Clock()
+    clock.call(torch.ones(1, 4, 4, 16, 16), 1000.0, P)
+    assert clock.call(torch.ones(1, 4, 4, 16, 24), 900.0, P)[0] == 2
+
+
+def test_ascending_time_is_followed() -> None:
+    """Lumina and Z-Image count from 0 to 1."""
+    clock = Clock()
+    times = [1000.0, 900.0, 800.0, 700.0]
+    for _ in range(2):
+        calls = [clock.call(x, 1 - t / 1000, P) for x, t in zip(trajectory(0, times), times, strict=True)]
+        assert [step for _, step, _ in calls] == [0, 1, 2, 3]
+    assert calls[0][0] == 2
+
+
+def test_second_evaluation_at_one_timestep_is_a_step() -> None:
+    """Heun evaluates a timestep twice, on latents that differ a little."""
+    clock, (x, *_) = Clock(), trajectory(0, TIMES)
+    clock.call(x, 800.0, P)
+    assert clock.call(x + 0.02 * noise(9), 800.0, P) == (1, 1, 0)
+
+
+def test_equal_timestep_on_other_noise_is_a_new_generation() -> None:
+    clock = Clock()
+    for number, seed in enumerate((1, 2, 3), 1):
+        assert clock.call(noise(seed), 1000.0, P) == (number, 0, 0)
+
+
+def test_video_to_video_in_one_step_is_a_new_generation() -> None:
+    """Same clean video, same strength, other noise: the latents correlate although nothing continues."""
+    clock, video = Clock(), noise(50)
+    clock.call(0.7 * video + 0.3 * noise(1), 300.0, P)
+    assert clock.call(0.7 * video + 0.3 * noise(2), 300.0, P)[0] == 2
+
+
+def test_conditioning_channels_do_not_hide_new_noise() -> None:
+    """Image-to-video concatenates the given image to the latents; it stays while the noise changes."""
+    clock, image = Clock(), 5 * noise(60)
+    clock.call(torch.cat([noise(1), image], 1), 1000.0, P)
+    assert clock.call(torch.cat([noise(2), image], 1), 1000.0, P)[0] == 2
+
+
+def test_restart_from_the_first_latents_is_a_new_generation() -> None:
+    """Same noise again after an abort, with a timestep that was rounded to the same value."""
+    clock, x = Clock(), noise(1)
+    clock.call(x, 1000.0, P)
+    clock.call(x + 0.01 * noise(2), 1000.0, P)
+    assert clock.call(x, 1000.0, P) == (2, 0, 0)
+
+
+def test_another_prompt_never_gets_the_slot_of_the_first() -> None:
+    """One step, then the same noise with another prompt: it looks like a second stream and must stay one."""
+    clock, xs = Clock(), trajectory(0, TIMES)
+    assert clock.call(xs[0], TIMES[0], P)[2] == 0
+    assert [clock.call(x, t, N)[2] for x, t in zip(xs, TIMES, strict=True)] == [1] * 5
+
+
+def test_prompts_that_differ_in_one_element_are_different() -> None:
+    long = noise(0, (1, 512, 64))
+    other = long.clone()
+    other[0, -1, -1] += 0.5
+    device = torch.device("cpu")
+    assert torch.equal(identify([long], device), identify([long.clone()], device))
+    assert not torch.equal(identify([long], device), identify([other], device))
+    assert not torch.equal(identify([long, P], device), identify([P, long], device))
+    assert identify([P] * 40, device).shape == identify([], device).shape
+
+
+def test_too_many_streams_get_no_slot() -> None:
+    clock, x = Clock(max_streams=2), noise(1)
+    prompts = [noise(200 + i, (1, 8, 16)) for i in range(3)]
+    assert [clock.call(x, 1000.0, p)[2] for p in prompts] == [0, 1, -1]
+
+
+def test_a_prompt_that_changes_every_step_takes_over_idle_slots_under_a_new_epoch() -> None:
+    clock = Clock(max_streams=2)
+    epochs, slots = [], []
+    for index, x in enumerate(trajectory(0, TIMES)):
+        slots.append(clock.call(x, TIMES[index], noise(300 + index, (1, 8, 16)))[2])
+        epochs.append(clock.epoch())
+    assert epochs == [1, 2, 3, 4, 5]
+    assert slots == [0, 1, 0, 1, 0]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_latents_that_are_not_finite_are_always_a_new_generation(bad: float) -> None:
+    clock, x = Clock(), noise(1)
+    x[0, 0, 0] = bad
+    generations = [clock.call(x * factor, 1000.0 * factor, P)[0] for factor in (1.0, 0.99, 0.98)]
+    assert generations == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda t: torch.tensor(t),
+        lambda t: torch.tensor([int(t)]),
+        lambda t: torch.full((2,), t, dtype=torch.bfloat16),
+        lambda t: torch.tensor([[0.0, 0.0, t, t]]),
+    ],
+    ids=["scalar", "integer", "batch_bfloat16", "per_token"],
+)
+def test_kinds_of_timestep(make: Callable[[float], Tensor]) -> None:
+    clock = Clock()
+    calls = [clock.call(x, make(t), P) for x, t in zip(trajectory(0, TIMES), TIMES, strict=True)]
+    assert calls == [(1, step, 0) for step in range(5)]
+    assert clock.call(noise(77), make(1000.0), P) == (2, 0, 0)
+
+
+def test_conditions_of_any_dtype_and_layout() -> None:
+    clock = Clock()
+    conditions = (torch.ones(1, 8, dtype=torch.bool), torch.arange(8), P.transpose(1, 2), torch.zeros(0))
+    assert clock.call(noise(1), 1000.0, *conditions) == (1, 0, 0)
+
+
+def test_sample_reaches_all_of_a_tensor() -> None:
+    x = torch.arange(1 << 20).float()
+    values = sample(x, 4096)
+    assert values.unique().numel() == 4096
+    assert values.max() > 0.99 * x.numel()
+    channels = values.long() % 64  # a stride that is a multiple of the channels would see one channel only
+    assert channels.unique().numel() == 64
+
+
+@pytest.mark.parametrize("size", [1, 3, 4095, 4097])
+def test_sample_of_awkward_sizes(size: int) -> None:
+    assert sample(torch.arange(size).half(), 4096).shape == (4096,)
+
+
+def test_advance_needs_no_host_decision() -> None:
+    """Traced to one graph of tensor operations: nothing is read back."""
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    clock = Clock()
+    graph = make_fx(lambda c, x, t, p: advance(c, x, t, [p], STREAMS), tracing_mode="fake")(
+        clock.state, noise(1), torch.tensor([1.0]), P
+    )
+    targets = {str(node.target) for node in graph.graph.nodes}
+    assert not any(name in target for target in targets for name in ("_local_scalar_dense", ".item", "nonzero"))

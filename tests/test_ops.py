@@ -1,0 +1,75 @@
+"""The op itself: its schema, its fake, what it mutates."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+from torch import Tensor
+
+from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
+
+TILE = TileShape(64, 32)
+
+
+def arguments(dtype: torch.dtype = torch.float32, k_len: int = 100) -> tuple[Tensor, ...]:
+    torch.manual_seed(0)
+    q = torch.randn(2, 70, 3, 16, dtype=dtype).transpose(1, 2)
+    k, v = (torch.randn(2, k_len, 3, 16, dtype=dtype).transpose(1, 2) for _ in range(2))
+    state = torch.zeros(state_shape(2, 2, 3, 70, k_len, TILE), dtype=torch.int32)
+    now = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
+    return q, k, v, state, now
+
+
+@pytest.mark.parametrize(
+    ("dtype", "heads_last", "return_lse"),
+    list(itertools.product((torch.float32, torch.bfloat16, torch.float16), (True, False), (True, False))),
+)
+def test_opcheck(dtype: torch.dtype, heads_last: bool, return_lse: bool) -> None:
+    q, k, v, state, now = arguments(dtype)
+    torch.library.opcheck(
+        torch.ops.lite_compile.attend.default,
+        (q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, heads_last, return_lse),
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
+    )
+
+
+def test_layout_of_the_output() -> None:
+    q, k, v, state, now = arguments()
+    for heads_last in (True, False):
+        out, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, heads_last)
+        assert out.is_contiguous() != heads_last
+        assert out.transpose(1, 2).is_contiguous() == heads_last
+        assert lse.numel() == 0
+
+
+def test_lse_is_the_log_of_the_sum_of_exponentials() -> None:
+    q, k, v, state, now = arguments()
+    _, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, True, True)
+    expected = torch.logsumexp(q.double() @ k.double().transpose(-1, -2) * 0.25, -1)
+    torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_gradients_are_refused() -> None:
+    q, k, v, state, now = arguments()
+    q.requires_grad_()
+    with pytest.raises(RuntimeError, match="no backward"):
+        torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k)
+    assert not state.any()
+
+
+@pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100])
+def test_bits_survive_packing(count: int) -> None:
+    bits = torch.rand(5, count, generator=torch.Generator().manual_seed(count)) > 0.5
+    words = pack_bits(bits, tile_count(count, 32))
+    assert words.dtype == torch.int32
+    assert torch.equal(unpack_bits(words, count), bits)
+
+
+@pytest.mark.parametrize("k_tiles", [1, 32, 33, 128, 129, 591, 5000])
+def test_row_layout_covers_all_tiles(k_tiles: int) -> None:
+    layout = row_layout(k_tiles)
+    assert layout.mask_words * 32 >= k_tiles
+    assert layout.anchor_words * 32 * layout.anchor_group >= k_tiles
+    assert layout.words == 2 + layout.anchor_words + layout.mask_words

@@ -1,0 +1,83 @@
+"""Every option's wrong values raise, and say what would have been right."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import pytest
+import torch
+
+from lite_compile import Options, OptionTypeError, OptionValueError
+
+WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
+    ({"threshold": 1.0}, ValueError, ["threshold", "1.0", "<= 0", "log2"]),
+    ({"threshold": float("nan")}, ValueError, ["threshold", "nan"]),
+    ({"threshold": "-10"}, TypeError, ["threshold", "'-10'", "str"]),
+    ({"threshold": True}, TypeError, ["threshold", "True"]),
+    ({"min_seq_len": 0}, ValueError, ["min_seq_len", "0", "integer from 1"]),
+    ({"min_seq_len": 10.5}, TypeError, ["min_seq_len", "10.5"]),
+    ({"max_streams": 0}, ValueError, ["max_streams", "0", "1 to 64"]),
+    ({"max_streams": 65}, ValueError, ["max_streams", "65"]),
+    ({"max_streams": None}, TypeError, ["max_streams", "None"]),
+    ({"layers": "blocks.*"}, TypeError, ["layers", "'blocks.*'", "list"]),
+    ({"layers": [1]}, TypeError, ["layers", "[1]"]),
+    ({"exclude_layers": {"a": 1}}, TypeError, ["exclude_layers", "list"]),
+    ({"exclude_layers": [""]}, TypeError, ["exclude_layers"]),
+    ({"inner": "inductr"}, ValueError, ["inner", "'inductr'", "aot_eager", "Did you mean 'inductor'?"]),
+    ({"inner": 1}, TypeError, ["inner", "1"]),
+    ({"mode": "reduce_overhead"}, ValueError, ["mode", "Did you mean 'reduce-overhead'?"]),
+    ({"mode": 3}, TypeError, ["mode", "3"]),
+    ({"inductor": {"max_autotun": True}}, ValueError, ["inductor", "max_autotun", "Did you mean 'max_autotune'?"]),
+    ({"inductor": [1]}, TypeError, ["inductor", "dict"]),
+    ({"inner": "eager", "mode": "reduce-overhead"}, ValueError, ["mode", "eager"]),
+    ({"inner": "eager", "inductor": {"max_autotune": True}}, ValueError, ["inductor", "eager"]),
+    ({"on_unsupported": "raise"}, ValueError, ["on_unsupported", "'dense'", "'error'"]),
+    ({"on_unsupported": None}, TypeError, ["on_unsupported"]),
+    ({"treshold": -10}, ValueError, ["treshold", "-10", "max_streams", "Did you mean 'threshold'?"]),
+    ({3: 4}, ValueError, ["3"]),
+]
+
+
+@pytest.mark.parametrize(("options", "kind", "parts"), WRONG, ids=[str(case[0]) for case in WRONG])
+def test_wrong_options_raise_and_say_what_is_allowed(
+    options: dict[str, Any], kind: type[Exception], parts: list[str]
+) -> None:
+    model = torch.nn.Linear(4, 4)
+    with torch.no_grad(), pytest.raises(kind) as caught:
+        torch.compile(model, backend="liteattention", options=options)(torch.ones(2, 4))
+    assert isinstance(caught.value, OptionValueError | OptionTypeError)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_wrong_mode_raises() -> None:
+    with torch.no_grad(), pytest.raises(ValueError, match="reduce-overhead"):
+        torch.compile(torch.nn.Linear(4, 4), backend="liteattention", mode="reduce_overhead")(torch.ones(2, 4))
+
+
+def test_a_wrong_option_leaves_the_model_usable() -> None:
+    model = torch.nn.Linear(4, 4)
+    x = torch.ones(2, 4)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match="threshold"):
+            torch.compile(model, backend="liteattention", options={"threshold": 1})(x)
+        good = torch.compile(model, backend="liteattention", options={"threshold": -1, "inner": "eager"})
+        assert torch.equal(good(x), model(x))
+
+
+def test_every_option_is_documented_and_its_default_is_valid() -> None:
+    Options()
+    for entry in dataclasses.fields(Options):
+        assert len(entry.metadata["doc"]) > 20
+
+
+def test_good_values() -> None:
+    options = Options(threshold=-math.inf, layers=["a.*"], exclude_layers=("b",), mode="max-autotune")
+    assert options.threshold == -math.inf
+    assert options.layers == ("a.*",)
+    assert options.inductor_config()["max_autotune"] is True
+    assert Options(threshold=0).threshold == 0.0
+    assert Options.parse({"threshold": -3}, mode="reduce-overhead").inductor_config()["triton.cudagraphs"] is True
+    assert Options.parse({"inductor": {"max_autotune": True}}).inductor_config() == {"max_autotune": True}
