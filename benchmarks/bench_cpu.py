@@ -14,10 +14,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
 from torch import Tensor
 
-from lite_compile.skip_state import GENERATION_WORD, TileShape, pack_bits, row_layout, state_shape, tile_count
+from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
+from lite_compile.skip_state import EPOCH_WORD, TileShape, pack_bits, row_layout, state_shape, tile_count
 
 MARKS_NOTHING = -1e4
 """Log2 units: far below any score of normal data, yet every comparison is made and recorded."""
@@ -40,7 +40,7 @@ def imposed_state(q: Tensor, k: Tensor, tile: TileShape, fraction: float) -> tup
     state = torch.zeros(state_shape(1, batch, heads, q_len, k.shape[2], tile), dtype=torch.int32)
     places = torch.rand(*state.shape[:-1], k_tiles).argsort(-1).argsort(-1)
     skipped = places < round(fraction * k_tiles)
-    state[..., GENERATION_WORD] = 1
+    state[..., EPOCH_WORD] = 1
     state[..., layout.mask_start :] = pack_bits(skipped, layout.mask_words)
     return state, skipped[0]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..skip_state import (
     COMPUTED_WORD,
-    GENERATION_WORD,
+    EPOCH_WORD,
     RowLayout,
     TileShape,
     pack_bits,
@@ -42,9 +42,9 @@ class Plan(NamedTuple):
     """int64 `[B, H, q_tiles]`: number of tiles kept"""
 
 
-def plan_visits(rows: Tensor, generation: int, layout: RowLayout, first: Tensor, k_tiles: int) -> Plan:
+def plan_visits(rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, k_tiles: int) -> Plan:
     """Decode state `rows` (int32 `[B, H, q_tiles, row_words]`) and order the visits around `first` (`[q_tiles]`)."""
-    alive = rows[..., GENERATION_WORD, None] == generation
+    alive = rows[..., EPOCH_WORD, None] == epoch
     tiles = torch.arange(k_tiles)
     skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive
     anchor_bits = unpack_bits(rows[..., layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
@@ -54,8 +54,8 @@ def plan_visits(rows: Tensor, generation: int, layout: RowLayout, first: Tensor,
     return Plan(skipped, order, ((~skipped).cumsum(-1) - 1).clamp(min=0), (~skipped).sum(-1))
 
 
-def record_head(rows: Tensor, maxima: Tensor, plan: Plan, generation: int, layout: RowLayout, threshold: float) -> None:
-    """Write marks, anchors, count and generation of one head into its state `rows` (int32 `[q_tiles, row_words]`).
+def record_head(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
+    """Write marks, anchors, count and epoch of one head into its state `rows` (int32 `[q_tiles, row_words]`).
 
     Args:
         maxima: `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
@@ -79,7 +79,7 @@ def record_head(rows: Tensor, maxima: Tensor, plan: Plan, generation: int, layou
     raised = torch.zeros(rows.shape[0], 32 * layout.anchor_words, dtype=torch.bool)
     raised.scatter_(-1, argmax_tile // layout.anchor_group, True)
 
-    rows[:, GENERATION_WORD] = generation
+    rows[:, EPOCH_WORD] = epoch
     rows[:, COMPUTED_WORD] = plan.computed
     rows[:, layout.anchor_start : layout.mask_start] = pack_bits(raised, layout.anchor_words)
     rows[:, layout.mask_start :] = pack_bits(marked, layout.mask_words)
@@ -94,7 +94,7 @@ def attend_cpu(
     Args:
         q: `[B, H, Sq, D]`; k: `[B, H, Sk, D]`; v: `[B, H, Sk, Dv]`: float64, float32, bfloat16 or float16, any strides.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: generation, step, slot (-1: compute everything, use and record nothing).
+        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing).
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for.
@@ -106,11 +106,11 @@ def attend_cpu(
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     padding = k_tiles * tile.k - k_len
     layout = row_layout(k_tiles)
-    generation, _, slot = now.tolist()[:3]
+    epoch, _, slot = now.tolist()[:3]
     rows = state[slot] if slot >= 0 else state.new_zeros(batch, heads, q_tiles, layout.words)
     # The diagonal: `ops.first_tile` of every tile of queries.
     first = (torch.arange(q_tiles) * tile.q * k_len // q_len) // tile.k
-    plan = plan_visits(rows, generation, layout, first, k_tiles)
+    plan = plan_visits(rows, epoch, layout, first, k_tiles)
 
     # A bf16 GEMM gives bf16 scores, too coarse to decide by; for P @ V alone it gains too little to be worth its error.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
@@ -165,4 +165,4 @@ def attend_cpu(
                 head = Plan(*(field[b, h] for field in plan))
                 # The missing rows of a ragged last tile repeat its last row, which changes no decision.
                 maxima[-1, query_tiles[-1].shape[0] :] = maxima[-1, query_tiles[-1].shape[0] - 1].clone()
-                record_head(rows[b, h], maxima, head, generation, layout, threshold * math.log(2))
+                record_head(rows[b, h], maxima, head, epoch, layout, threshold * math.log(2))

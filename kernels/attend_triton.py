@@ -15,11 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import LOG2_E, NOW_GENERATION, NOW_SLOT
-from ..skip_state import COMPUTED_WORD, GENERATION_WORD, HEADER_WORDS, TileShape, row_layout, tile_count
+from ..ops import LOG2_E, NOW_EPOCH, NOW_SLOT
+from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS, TileShape, row_layout, tile_count
 
-_GENERATION, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (GENERATION_WORD, COMPUTED_WORD, HEADER_WORDS))
-_NOW_GENERATION, _NOW_SLOT = tl.constexpr(NOW_GENERATION), tl.constexpr(NOW_SLOT)
+_EPOCH, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (EPOCH_WORD, COMPUTED_WORD, HEADER_WORDS))
+_NOW_EPOCH, _NOW_SLOT = tl.constexpr(NOW_EPOCH), tl.constexpr(NOW_SLOT)
 _LN_2 = tl.constexpr(math.log(2))
 _BLOCK = tl.constexpr(512)
 """Tiles whose state bits are handled at once."""
@@ -90,9 +90,9 @@ def _record_visits(needed, row_live, total, order, marks, start, count):
 
 
 @triton.jit
-def _write_row(row, marks, generation, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group):
+def _write_row(row, marks, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group):
     """Write this program's row of the state."""
-    tl.store(row + _GENERATION, generation)
+    tl.store(row + _EPOCH, epoch)
     tl.store(row + _COMPUTED, count)
     group = argmax_tile // anchor_group
     for i in range(anchor_words):
@@ -167,12 +167,12 @@ def _attend_kernel(
     batch = (program // q_tiles // heads).to(tl.int64)
     head = (program // q_tiles % heads).to(tl.int64)
 
-    generation = tl.load(now + _NOW_GENERATION)
+    epoch = tl.load(now + _NOW_EPOCH)
     slot = tl.load(now + _NOW_SLOT)
     recording = slot >= 0
     row = state + (tl.maximum(slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
-    written_by = tl.load(row + _GENERATION, mask=recording, other=0)
-    recorded = tl.where(recording & (written_by == generation), k_tiles, 0)
+    written_by = tl.load(row + _EPOCH, mask=recording, other=0)
+    recorded = tl.where(recording & (written_by == epoch), k_tiles, 0)
     order = scratch + program.to(tl.int64) * 2 * k_tiles
     marks = order + k_tiles
     first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
@@ -232,7 +232,7 @@ def _attend_kernel(
     if recording:
         _record_visits(needed, row_live, total, order, marks, count // 32 * 32, count)
         tl.debug_barrier()
-        _write_row(row, marks, generation, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group)
+        _write_row(row, marks, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group)
 
 
 @functools.cache
@@ -262,7 +262,7 @@ def attend_triton(
         q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
             stride other than 1 costs a copy.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: generation, step, slot (-1: compute everything, use and record nothing).
+        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing).
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for, from `triton_tile`.

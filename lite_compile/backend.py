@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
 
@@ -14,7 +14,7 @@ from .errors import UnsupportedAttentionError
 from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import find_attention
-from .passes.find_clock_inputs import find_clock_inputs
+from .passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from .passes.graph_inputs import copy_graph, fake_value, placeholders
 from .passes.insert_step_guard import insert_step_guard
 from .passes.report_attention import report_attention
@@ -54,7 +54,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     """All passes, on a copy of `gm`: the new graph, the state it expects (None: it is `gm`), and what was decided."""
     graph = copy_graph(gm)
     sites = find_attention(graph)
-    clock = find_clock_inputs(graph, sites)
+    clock: ClockInputs | str | None = find_clock_inputs(graph, sites)
     if isinstance(clock, str) and active_generation() is not None:
         clock = None  # the user announces the steps
     decisions = decide_attention(sites, clock if isinstance(clock, str) else None, settings)
@@ -76,11 +76,10 @@ def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: O
     if settings.inner == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)
+        return aot_eager(gm, list(example_inputs))
     from torch._inductor.compile_fx import compile_fx  # takes two seconds to import
 
-    compiled: Callable[..., Any] = compile_fx(gm, example_inputs, config_patches=settings.inductor_config())
-    return compiled
+    return cast(Callable[..., Any], compile_fx(gm, example_inputs, config_patches=settings.inductor_config()))
 
 
 def raise_unsupported(report: GraphReport) -> None:

@@ -18,6 +18,7 @@ _HEADER = 16
 
 LATENT_SAMPLES = 4096
 CONDITION_GROUPS, PROJECTIONS = 16, 4
+_MULTIPLIERS = ((5471, 7919), (3571, 2741), (7001, 5323), (1993, 6151))
 CONDITION_WORDS = CONDITION_GROUPS * PROJECTIONS
 
 NEXT_STEP_COSINE = 0.5
@@ -43,9 +44,9 @@ def sample(x: Tensor, count: int) -> Tensor:
     flat = x.reshape(-1)
     size = flat.shape[0]
     index = torch.arange(count, device=x.device)
-    stride = torch.sym_max(size // count, 1)
-    jitter = (index * 40503 // 8) % stride
-    return flat[(index * size // count + jitter) % size].float()
+    stride = (size + count - 1) // count
+    # Inductor computes indices in 32 bits, so every product has to fit.
+    return flat[(index * stride + (index * 40503 // 8) % stride) % size].float()
 
 
 def identify(conditions: Sequence[Tensor], device: torch.device) -> Tensor:
@@ -54,12 +55,14 @@ def identify(conditions: Sequence[Tensor], device: torch.device) -> Tensor:
     Prompts that differ in their last word differ in one token out of hundreds, so samples would not do.
     """
     groups = [torch.zeros(PROJECTIONS, device=device)] * CONDITION_GROUPS
-    shift = torch.arange(PROJECTIONS, device=device)[:, None] * 6 + 5
     for number, x in enumerate(conditions):
         flat = x.reshape(-1).float()
-        hashed = (torch.arange(flat.shape[0], device=device) + number) * 2654435761
-        weight = ((hashed >> shift) & 1023).float() / 512 - 1
-        groups[number % CONDITION_GROUPS] = groups[number % CONDITION_GROUPS] + (weight * flat).sum(1)
+        index = torch.arange(flat.shape[0], device=device)
+        low, high = index % 4093, index // 4093 % 4093
+        # Hashes of the position, in products that fit 32 bits: Inductor computes indices in no more.
+        hashed = [(low * a + high * b + number * 6673) % 2039 for a, b in _MULTIPLIERS]
+        sums = torch.stack([((h.float() / 1019.0 - 1.0) * flat).sum() for h in hashed])
+        groups[number % CONDITION_GROUPS] = groups[number % CONDITION_GROUPS] + sums
     return torch.cat(groups)
 
 

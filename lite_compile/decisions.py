@@ -103,7 +103,7 @@ class Report:
             lines.append(
                 f"graph {number}: {done} of {len(graph.sites)} attention sites rewritten; clock: {graph.clock}"
             )
-            rows = [("layer", "decision", "q", "k", "dtype", "kernel", "reason")]
+            rows: list[tuple[str, ...]] = [("layer", "decision", "q", "k", "dtype", "kernel", "reason")]
             for site in graph.sites:
                 reason = "" if site.reason is None else site.reason.value
                 if site.detail:

@@ -11,7 +11,7 @@ from .clock import GENERATION, slot_table
 from .control import model_parameters
 from .decisions import format_table
 from .layer_state import LayerState, layer_states
-from .skip_state import COMPUTED_WORD, GENERATION_WORD, row_layout, tile_count, unpack_bits
+from .skip_state import COMPUTED_WORD, EPOCH_WORD, row_layout, tile_count, unpack_bits
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def skip_mask(state: LayerState, stream: int) -> Tensor:
     rows = state.state[stream].cpu()
     epoch = int(slot_table(state.clock.cpu(), state.max_streams)[2, stream])
     mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
-    return mask & (rows[..., GENERATION_WORD] == epoch)[..., None]
+    return mask & (rows[..., EPOCH_WORD] == epoch)[..., None]
 
 
 def _streams(state: LayerState) -> list[StreamStats]:
@@ -76,7 +76,7 @@ def _streams(state: LayerState) -> list[StreamStats]:
     found = []
     for slot in range(state.max_streams):
         header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()
-        current = header[..., GENERATION_WORD] == slot_epoch[slot]
+        current = header[..., EPOCH_WORD] == slot_epoch[slot]
         if slot_generation[slot] != generations or not bool(current.all()):
             continue  # this shape, or this stream, has not run in the current generation
         density = float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles

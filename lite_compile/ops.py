@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .skip_state import COMPUTED_WORD, GENERATION_WORD, TileShape, pack_bits, row_layout, tile_count, unpack_bits
+from .skip_state import COMPUTED_WORD, EPOCH_WORD, TileShape, pack_bits, row_layout, tile_count, unpack_bits
 
-NOW_GENERATION, NOW_STEP, NOW_SLOT = 0, 1, 2
+NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION = range(4)
 NOW_WORDS = 4
 LOG2_E = 1.4426950408889634
 
@@ -97,8 +97,8 @@ def attend_reference(
     Args:
         q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[NOW_WORDS]`: generation, step, and the slot of this guidance stream. A slot of -1 means that no
-            state may be used: everything is computed and nothing is recorded.
+        now: int32 `[NOW_WORDS]`: epoch (one per generation and guidance stream), step, slot of the stream, generation.
+            A slot of -1 means that no state may be used: everything is computed and nothing is recorded.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for.
@@ -115,7 +115,7 @@ def attend_reference(
     k_tiles = tile_count(k_len, tile.k)
     layout = row_layout(k_tiles)
     groups = torch.arange(k_tiles) // layout.anchor_group
-    generation, slot = int(now[NOW_GENERATION]), int(now[NOW_SLOT])
+    epoch, slot = int(now[NOW_EPOCH]), int(now[NOW_SLOT])
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for b in range(batch):
         for h in range(heads):
@@ -123,7 +123,7 @@ def attend_reference(
                 rows = slice(i * tile.q, min((i + 1) * tile.q, q_len))
                 skipped = anchors = torch.zeros(k_tiles, dtype=torch.bool)
                 row = state[slot, b, h, i] if slot >= 0 else None
-                if row is not None and int(row[GENERATION_WORD]) == generation:
+                if row is not None and int(row[EPOCH_WORD]) == epoch:
                     anchor_bits = unpack_bits(row[layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
                     anchors = anchor_bits[groups]
                     skipped = unpack_bits(row[layout.mask_start :], k_tiles)
@@ -141,15 +141,16 @@ def attend_reference(
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = torch.maximum(running, tile_max)
                     scores.append((keys, s))
-                total = sum(torch.exp2(s - running[:, None]).sum(1) for _, s in scores)
-                weighted = sum(torch.exp2(s - running[:, None]) @ v[b, h, keys] for keys, s in scores)
+                weights = [(keys, torch.exp2(s - running[:, None])) for keys, s in scores]
+                total = torch.stack([w.sum(1) for _, w in weights]).sum(0)
+                weighted = torch.stack([w @ v[b, h, keys] for keys, w in weights]).sum(0)
                 out[b, h, rows] = weighted / total[:, None]
                 lse[b, h, rows] = (running + torch.log2(total)) / LOG2_E
 
                 if row is not None:
                     raised = torch.zeros(32 * layout.anchor_words, dtype=torch.bool)
                     raised[groups[argmax_tile]] = True
-                    row[GENERATION_WORD] = generation
+                    row[EPOCH_WORD] = epoch
                     row[COMPUTED_WORD] = order.numel()
                     row[layout.anchor_start : layout.mask_start] = pack_bits(raised, layout.anchor_words)
                     row[layout.mask_start :] = pack_bits(marked, layout.mask_words)

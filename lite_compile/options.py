@@ -7,7 +7,7 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 from .errors import OptionTypeError, OptionValueError
 
@@ -173,5 +173,5 @@ class Options:
         """Inductor configuration that `mode` and `inductor` stand for."""
         from torch._inductor import list_mode_options
 
-        patches = dict(cast(dict[str, Any], list_mode_options(self.mode))) if self.mode else {}
+        patches = dict(list_mode_options(self.mode)) if self.mode else {}
         return {**patches, **self.inductor}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import sympy
@@ -25,10 +26,10 @@ class SizeResolver:
         for index, node in enumerate(inputs):
             value = fake_value(node)
             if isinstance(value, torch.SymInt):
-                self._bind(value, lambda args, i=index: int(args[i]))
+                self._bind(value, partial(_read_int, index))
             elif isinstance(value, torch.Tensor):
                 for dim, size in enumerate(value.shape):
-                    self._bind(size, lambda args, i=index, d=dim: args[i].shape[d])
+                    self._bind(size, partial(_read_size, index, dim))
         self._cache: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
 
     def _bind(self, size: Size, read: Callable[[Sequence[Any]], int]) -> None:
@@ -45,6 +46,14 @@ class SizeResolver:
             resolved = tuple(tuple(_evaluate(size, substitution) for size in group) for group in sizes)
             self._cache[values] = resolved
         return resolved
+
+
+def _read_int(index: int, args: Sequence[Any]) -> int:
+    return int(args[index])
+
+
+def _read_size(index: int, dim: int, args: Sequence[Any]) -> int:
+    return int(args[index].shape[dim])
 
 
 def _evaluate(size: Size, substitution: dict[sympy.Symbol, sympy.Integer]) -> int:

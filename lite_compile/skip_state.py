@@ -5,12 +5,12 @@ one tile of queries and is read and written by the one program that computes thi
 
 | words | content |
 |---|---|
-| 0 | generation that wrote the row; any other generation reads the row as empty |
+| 0 | epoch that wrote the row (one per generation and guidance stream); any other reads the row as empty |
 | 1 | number of key tiles computed at the row's last call |
 | 2 ... | anchors: one bit per group of key tiles, 1 = the group held a row maximum at the last call |
 | ... | skip bits: one bit per key tile, bit `t % 32` of word `t // 32`, 1 = skipped |
 
-Zeros mean "compute everything", so a fresh allocation and a stale generation are both dense. Anchors only steer the
+Zeros mean "compute everything", so a fresh allocation and a stale epoch are both dense. Anchors only steer the
 order in which tiles are visited; they never decide whether one is computed.
 """
 
@@ -20,7 +20,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-GENERATION_WORD = 0
+EPOCH_WORD = 0
 COMPUTED_WORD = 1
 HEADER_WORDS = 2
 MAX_ANCHOR_WORDS = 4

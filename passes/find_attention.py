@@ -46,7 +46,7 @@ class AttentionSite:
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """All attention sites of `gm` in execution order. The graph is not changed."""
-    sites = []
+    sites: list[AttentionSite] = []
     for node in gm.graph.nodes:
         if node.op == "call_function" and node.target in _SDPA_TARGETS:
             bound = _SIGNATURE.bind(*node.args, **node.kwargs)

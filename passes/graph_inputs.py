@@ -65,7 +65,7 @@ def append_input(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
         node = graph.placeholder(name)
     node.meta["example_value"] = value
     node.meta["tensor_dict"] = {"_dynamo_static_input_type": "unguarded"}
-    node._dynamo_source = LocalSource(name)  # type: ignore[attr-defined]
+    node._dynamo_source = LocalSource(name)
     return node
 
 
@@ -73,13 +73,10 @@ def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph may be rewritten. The fake values are shared, the sources of the inputs are kept."""
     graph = fx.Graph()
     mapping: dict[fx.Node, fx.Node] = {}
-    output = graph.graph_copy(gm.graph, mapping, return_output_node=True)
-    if output is not None:
-        result, old_output = output
-        graph.output(result).meta.update(old_output.meta)
-    for old, new in mapping.items():
-        if old.op == "placeholder" and hasattr(old, "_dynamo_source"):
-            new._dynamo_source = old._dynamo_source  # type: ignore[attr-defined]
+    for old in gm.graph.nodes:
+        mapping[old] = graph.node_copy(old, mapping.__getitem__)
+        if hasattr(old, "_dynamo_source"):
+            mapping[old]._dynamo_source = old._dynamo_source
     copy = fx.GraphModule(gm, graph)
     copy.meta.update(gm.meta)
     for name, value in vars(gm).items():

@@ -7,12 +7,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
-from lite_compile.passes.find_attention import find_attention
-from lite_compile.passes.find_clock_inputs import find_clock_inputs
 from torch import Tensor, fx, nn
 
 from lite_compile import Options
+from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
+from lite_compile.passes.find_attention import find_attention
+from lite_compile.passes.find_clock_inputs import find_clock_inputs
 
 TOKENS, DIM, HEADS = 64, 32, 2
 OPTIONS = Options(min_seq_len=TOKENS)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lite_compile.clock import advance, clock_words, identify, sample
-from lite_compile.ops import NOW_SLOT, NOW_STEP
+from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
 
 STREAMS = 4
 
@@ -25,7 +25,7 @@ class Clock:
         """`(generation, step, slot)` of a call."""
         timestep = t if isinstance(t, Tensor) else torch.tensor([t])
         now = advance(self.state, latents, timestep, conditions, self.max_streams)
-        return int(now[3]), int(now[NOW_STEP]), int(now[NOW_SLOT])
+        return int(now[NOW_GENERATION]), int(now[NOW_STEP]), int(now[NOW_SLOT])
 
     def epoch(self) -> int:
         return int(self.state[9])
@@ -141,6 +141,8 @@ def test_prompts_that_differ_in_one_element_are_different() -> None:
     device = torch.device("cpu")
     assert torch.equal(identify([long], device), identify([long.clone()], device))
     assert not torch.equal(identify([long], device), identify([other], device))
+    swapped = long[:, [1, 0, *range(2, 512)]]  # the same tokens in another order
+    assert not torch.equal(identify([long], device), identify([swapped], device))
     assert not torch.equal(identify([long, P], device), identify([P, long], device))
     assert identify([P] * 40, device).shape == identify([], device).shape
 

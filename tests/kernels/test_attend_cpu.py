@@ -13,13 +13,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
 from torch import Tensor
 
+from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
 from lite_compile.ops import LOG2_E, attend_reference
 from lite_compile.skip_state import (
     COMPUTED_WORD,
-    GENERATION_WORD,
+    EPOCH_WORD,
     TileShape,
     pack_bits,
     row_layout,
@@ -205,7 +205,7 @@ def test_stale_generation_reads_as_empty() -> None:
     expected, _ = call(q, k, v, new, now_at(2), 0.25, threshold, SMALL)
     assert torch.equal(out, expected)
     assert torch.equal(used, new)
-    assert (used[..., GENERATION_WORD] == 2).all()
+    assert (used[..., EPOCH_WORD] == 2).all()
     assert (used[..., COMPUTED_WORD] == tile_count(128, SMALL.k)).all()
 
 
@@ -238,7 +238,7 @@ def test_imposed_empty_row_yields_nan() -> None:
     q, k, v = clustered(1, 2, 64, 64, 16)
     state = fresh_state(q, k, SMALL)
     layout = row_layout(4)
-    state[..., GENERATION_WORD] = 1
+    state[..., EPOCH_WORD] = 1
     every_tile = pack_bits(torch.ones(4, dtype=torch.bool), layout.mask_words)
     state[0, 0, 0, 0, layout.mask_start :] = every_tile
     state[0, 0, 1, :, layout.mask_start :] = every_tile

@@ -13,9 +13,10 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from lite_compile.kernels import attend_triton  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
+
+from lite_compile.kernels import attend_triton  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}

@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import DIM, HEADS, TOKENS, Denoiser, capture, decide, inputs
-from lite_compile.passes.decide_attention import Decline, Rewrite
 from torch import Tensor, nn
 
 from lite_compile import Options, Reason
+from lite_compile.passes.decide_attention import Decline, Rewrite
 
 sdpa = F.scaled_dot_product_attention
 

@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import Denoiser, capture, inputs
+
 from lite_compile.passes.find_attention import find_attention, layer_name
 
 CALLS = {

@@ -4,11 +4,12 @@ from typing import Any
 
 import torch
 from graphs import DIM, Denoiser, capture, inputs
+from models import LATENTS, noise, prompt, tiny_wan
+from torch import Tensor, nn
+
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from lite_compile.passes.graph_inputs import argument_name, source_name
-from models import LATENTS, noise, prompt, tiny_wan
-from torch import Tensor, nn
 
 
 def find(model: Any, *args: Any, **kwargs: Any) -> ClockInputs | str:

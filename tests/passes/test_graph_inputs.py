@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import torch
 from graphs import Denoiser, capture, inputs
+
 from lite_compile.passes.graph_inputs import append_input, copy_graph, is_static, placeholders, source_name
 
 

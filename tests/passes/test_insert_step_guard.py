@@ -3,12 +3,12 @@ from __future__ import annotations
 import torch
 from expecttest import assert_expected_inline
 from graphs import Denoiser, capture, inputs
+
+from lite_compile.clock import clock_words
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from lite_compile.passes.graph_inputs import copy_graph, fake_tensor, placeholders
 from lite_compile.passes.insert_step_guard import insert_step_guard
-
-from lite_compile.clock import clock_words
 
 
 def lines_with(gm: torch.fx.GraphModule, text: str) -> str:

@@ -6,12 +6,12 @@ import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
 from graphs import OPTIONS, Denoiser, capture, inputs
-from lite_compile.passes.graph_inputs import fake_tensor, placeholders
 from models import noise, prompt, tiny_wan
 from test_insert_step_guard import lines_with
 
 from lite_compile import Options
 from lite_compile.backend import rewrite_graph
+from lite_compile.passes.graph_inputs import fake_tensor, placeholders
 
 
 def rewrite(model: Any, *args: Any, options: Options = OPTIONS, **kwargs: Any) -> tuple[torch.fx.GraphModule, Any, Any]:

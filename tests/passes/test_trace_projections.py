@@ -1,10 +1,11 @@
 from __future__ import annotations
 
 from graphs import DIM, Denoiser, capture, inputs
+from torch import Tensor, nn
+
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.graph_inputs import source_name
 from lite_compile.passes.trace_projections import same_source, trace_projections
-from torch import Tensor, nn
 
 
 def test_projections_of_separate_linears() -> None:

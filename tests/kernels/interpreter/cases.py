@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 import pytest
 import torch
-from lite_compile.kernels.attend_triton import attend_triton
 from torch import Tensor
 
+from lite_compile.kernels.attend_triton import attend_triton
 from lite_compile.ops import LOG2_E, attend_reference
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
