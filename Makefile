@@ -23,7 +23,7 @@ demo: $(STAMP)  ## compare Inductor alone with backend="liteattention" on a Wan 
 	$(BIN)/python examples/demo.py $(DEMO_ARGS)
 
 test: lint types  ## everything that runs without a GPU: ruff, mypy, pytest (PYTEST_ARGS="-k clock")
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check and ruff format --check
 	$(BIN)/ruff check $(CHECKED)

@@ -11,7 +11,6 @@ import pytest
 
 ROOT = str(Path(__file__).resolve().parent.parent)
 sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) != ROOT]
-os.chdir(Path(__file__).resolve().parent)  # nor in processes that the tests start, which look here first
 
 # The models are tiny and the suite runs in several processes: threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

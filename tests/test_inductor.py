@@ -6,6 +6,7 @@ import importlib.metadata
 import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -117,7 +118,7 @@ def test_nothing_skipped_is_as_exact_as_dense_attention() -> None:
     assert (ours - exact).norm() <= 2 * (dense - exact).norm()
 
 
-def test_the_backend_is_found_without_importing_the_package() -> None:
+def test_the_backend_is_found_without_importing_the_package(tmp_path: Path) -> None:
     script = (
         "import sys, torch\n"
         "assert 'lite_compile' not in sys.modules\n"
@@ -125,13 +126,13 @@ def test_the_backend_is_found_without_importing_the_package() -> None:
         "assert 'lite_compile' in sys.modules\n"
         "with torch.no_grad(): print(model(torch.ones(1, 2)).shape)\n"
     )
-    result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False)
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
     assert "torch.Size([1, 2])" in result.stdout
 
 
-def test_importing_the_package_does_not_import_triton_kernels() -> None:
+def test_importing_the_package_does_not_import_triton_kernels(tmp_path: Path) -> None:
     script = "import sys, lite_compile; assert not any('attend_triton' in m for m in sys.modules), 'imported'"
-    subprocess.run([sys.executable, "-c", script], check=True)
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, check=True)
     entry_points = importlib.metadata.entry_points(group="torch_dynamo_backends")
     assert "liteattention" in {entry.name for entry in entry_points}

@@ -51,7 +51,8 @@ def test_fifty_steps_of_a_pipeline_with_sequential_guidance() -> None:
     for before, after in itertools.pairwise(history):
         assert all(after[key] <= before[key] for key in before)
     assert all(density == 1.0 for density in history[0].values())
-    assert max(history[-1].values()) < 0.95
+    assert max(history[-1].values()) < 1
+    assert lite_compile.stats(model).density < 0.95
     stats = lite_compile.stats(model)
     assert {(s.steps, s.generations) for s in stats.streams} == {(50, 1)}
     deep = [state for state in layer_states(model_parameters(model)) if state.layer == "blocks.1.attn1"]
