@@ -10,9 +10,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from models import DEVICE, DTYPE
+from models import DEVICE
 
 # Forked processes start fast, but cannot use CUDA once an import has touched it.
 _context = multiprocessing.get_context("forkserver" if DEVICE.type == "cpu" else "spawn")
@@ -21,7 +20,8 @@ _context.set_forkserver_preload(["torch", "torch._dynamo", "diffusers", "lite_co
 
 def _serve(function: Callable[..., torch.Tensor], args: tuple[Any, ...], threads: int, result: Connection) -> None:
     torch.set_num_threads(threads)
-    result.send(function(*args).cpu().float().numpy())
+    output = function(*args)
+    result.send((output.cpu().double().numpy(), output.dtype))
 
 
 @contextmanager
@@ -43,9 +43,9 @@ def in_fresh_process(function: Callable[..., torch.Tensor], *args: Any) -> torch
         process.start()
     sender.close()
     try:
-        array: np.ndarray = receiver.recv()
+        array, dtype = receiver.recv()
     except EOFError:
         raise RuntimeError(f"{function.__name__} failed in the fresh process; its traceback is above") from None
     finally:
         process.join()
-    return torch.from_numpy(array).to(DEVICE, DTYPE)
+    return torch.from_numpy(array).to(DEVICE, dtype)
