@@ -8,7 +8,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .skip_state import COMPUTED_WORD, EPOCH_WORD, TileShape, pack_bits, row_layout, tile_count, unpack_bits
+from .skip_state import (
+    COMPUTED_WORD,
+    EPOCH_WORD,
+    TileShape,
+    pack_bits,
+    row_layout,
+    state_shape,
+    tile_count,
+    unpack_bits,
+)
 
 NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION = range(4)
 NOW_WORDS = 4
@@ -33,9 +42,22 @@ def allocate_outputs(q: Tensor, v: Tensor, heads_last: bool, return_lse: bool) -
     return out, lse
 
 
-def _refuse_gradients(*inputs: Tensor) -> None:
-    if torch.is_grad_enabled() and any(x.requires_grad for x in inputs):
+def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, tile: TileShape) -> None:
+    """Kernels index memory by these shapes, so a wrong one has to end here."""
+    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
+    shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"{shapes}; allowed: [B, H, Sq, D] and twice [B, H, Sk, D]")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"{shapes}; allowed: no empty dimension")
+    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device == state.device == now.device):
+        raise ValueError("q, k and v have to agree in dtype, and all tensors in device")
+    expected = state_shape(state.shape[0], q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
+    if state.dtype != torch.int32 or tuple(state.shape) != expected or not state.is_contiguous():
+        raise ValueError(f"state is {state.dtype} {tuple(state.shape)}; allowed: contiguous int32 {expected}")
+    if now.dtype != torch.int32 or now.shape != (NOW_WORDS,) or not now.is_contiguous():
+        raise ValueError(f"now is {now.dtype} {tuple(now.shape)}; allowed: contiguous int32 ({NOW_WORDS},)")
 
 
 @torch.library.register_fake("lite_compile::attend", lib=_library)
@@ -53,9 +75,10 @@ def _attend_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_cpu import attend_cpu
 
-    _refuse_gradients(q, k, v)
+    tile = TileShape(tile_q, tile_k)
+    _check(q, k, v, state, now, tile)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
-    attend_cpu(q, k, v, state, now, scale, threshold, TileShape(tile_q, tile_k), out, lse if return_lse else None)
+    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
     return out, lse
 
 
@@ -66,9 +89,10 @@ def _attend_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_triton import attend_triton
 
-    _refuse_gradients(q, k, v)
+    tile = TileShape(tile_q, tile_k)
+    _check(q, k, v, state, now, tile)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
-    attend_triton(q, k, v, state, now, scale, threshold, TileShape(tile_q, tile_k), out, lse if return_lse else None)
+    attend_triton(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
     return out, lse
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -56,6 +57,33 @@ def test_gradients_are_refused() -> None:
     q.requires_grad_()
     with pytest.raises(RuntimeError, match="no backward"):
         torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k)
+    assert not state.any()
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("q", lambda q: q[0]),
+        ("k", lambda k: k[:, :2]),
+        ("k", lambda k: k[..., :8]),
+        ("v", lambda v: v[:, :, :50]),
+        ("v", lambda v: v.half()),
+        ("q", lambda q: q[:0]),
+        ("state", lambda state: state[:, :1]),
+        ("state", lambda state: state.long()),
+        ("state", lambda state: state.transpose(0, 1).contiguous().transpose(0, 1)),
+        ("now", lambda now: now[:3]),
+        ("now", lambda now: now.long()),
+    ],
+)
+def test_wrong_shapes_and_dtypes_raise_before_anything_is_touched(
+    name: str, change: Callable[[Tensor], Tensor]
+) -> None:
+    given = dict(zip(("q", "k", "v", "state", "now"), arguments(), strict=True))
+    state = given["state"]
+    given[name] = change(given[name])
+    with pytest.raises(ValueError, match=r"allowed|agree"):
+        torch.ops.lite_compile.attend(*given.values(), 0.25, -1.0, TILE.q, TILE.k)
     assert not state.any()
 
 
