@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -39,7 +40,7 @@ def liteattention(
         UnsupportedAttentionError: `on_unsupported="error"` and some attention has to stay dense.
     """
     settings = Options.parse(options, mode)
-    rewritten, state, report = rewrite_graph(gm, settings)
+    rewritten, state, report = rewrite_or_leave(gm, settings)
     if settings.on_unsupported == "error":
         raise_unsupported(report)
     record(report)
@@ -48,6 +49,18 @@ def liteattention(
     added = placeholders(rewritten.graph)[len(example_inputs) :]
     compiled = compile_inner(rewritten, [*example_inputs, *map(fake_value, added)], settings)
     return StatefulGraph(compiled, rewritten.graph, state)
+
+
+def rewrite_or_leave(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule, StateInputs | None, GraphReport]:
+    """`rewrite_graph`, but an error of ours leaves the graph as it was, with a warning and a line in the report."""
+    try:
+        return rewrite_graph(gm, settings)
+    except Exception as error:
+        if settings.on_unsupported == "error":
+            raise
+        message = f"error in liteattention, graph left as it was: {type(error).__name__}: {error}"
+        warnings.warn(f"{message}. Please report it.", stacklevel=2)
+        return gm, None, GraphReport((), message)
 
 
 def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule, StateInputs | None, GraphReport]:

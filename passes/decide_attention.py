@@ -114,9 +114,9 @@ def _decide(
         return Decline(site, Reason.DEVICE, kernel)
     if missing_clock is not None:
         return Decline(site, Reason.NO_CLOCK, f"{missing_clock}; {_ANNOUNCE}")
-    if not projections[0]:
+    weight = next((p.weight for p in projections[0] if p.weight.op == "placeholder"), None)
+    if weight is None:
         return Decline(site, Reason.NO_IDENTITY)
-    weight = projections[0][0].weight
     scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
     return Rewrite(site, scale, kernel, weight, uses[weight], q.device)
 

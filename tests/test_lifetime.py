@@ -168,6 +168,22 @@ def test_explain_checks_its_options() -> None:
         lite_compile.explain(tiny_wan(), **arguments(), backend_options={"treshold": -1})
 
 
+def test_an_error_of_ours_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> Any:
+        raise KeyError("broken")
+
+    monkeypatch.setattr("lite_compile.backend.find_attention", broken)
+    model = tiny_wan(layers=1)
+    with torch.no_grad():
+        with pytest.warns(UserWarning, match="KeyError"):
+            result = compiled(model)(**arguments())[0]
+        assert torch.equal(result, model(**arguments())[0])
+        assert "KeyError" in str(lite_compile.report())
+        torch._dynamo.reset()
+        with pytest.raises(Exception, match="broken"):
+            compiled(model, on_unsupported="error")(**arguments())
+
+
 def test_on_unsupported_error_names_the_layer_and_a_way_out() -> None:
 
     class Causal(torch.nn.Module):

@@ -166,6 +166,17 @@ def test_no_identity() -> None:
     assert decision.reason is Reason.NO_IDENTITY
 
 
+def test_parameters_that_are_no_inputs_are_no_identity() -> None:
+    """Dynamo used to keep parameters as attributes of the graph."""
+    gm = capture(Denoiser(), *inputs())
+    for node in gm.graph.find_nodes(op="placeholder"):
+        if isinstance(node.meta["example_value"], nn.Parameter):
+            node.op = "get_attr"
+    decision = only(decide(gm))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.NO_IDENTITY
+
+
 def test_no_clock_says_what_to_add() -> None:
     decision = only(decide(capture(graphs.Attention(), inputs()[0])))
     assert isinstance(decision, Decline)
