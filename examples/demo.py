@@ -28,7 +28,6 @@ from torch._dynamo.utils import counters, get_compilation_metrics
 import lite_compile
 from lite_compile.layer_state import layer_states
 from lite_compile.layer_stats import skip_mask
-from lite_compile.skip_state import tile_count
 
 Densities = dict[tuple[str, int], float]
 """Density of the last call per (layer, stream)."""
@@ -307,10 +306,9 @@ def save_files(job: Job, dense: Run, sparse: Run, folder: Path) -> list[Path]:
 
 def draw_mask_of(job: Job, layer: str, stream: int, path: Path) -> Path:
     """The skip mask that `layer` ended with."""
-    parameters: list[Tensor] = [p for model in job.denoisers.values() for p in model.parameters()]
-    states = [state for state in layer_states(parameters) if state.layer == layer]
-    state = max(states, key=lambda s: tile_count(s.q_len, s.tile.q))
-    return draw_skip_mask(skip_mask(state, stream)[0], f"{layer}, stream {stream}", tuple(state.tile), path)
+    states = [state for model in job.denoisers.values() for state in layer_states(model) if state.layer == layer]
+    state = max(states, key=lambda s: int(skip_mask(s, stream).sum()))  # the check with threshold=-inf left one without
+    return draw_skip_mask(skip_mask(state, stream)[0], f"{layer}, stream {stream}", tuple(state.spec.tile), path)
 
 
 def print_section(title: str, *lines: str) -> None:

@@ -1,12 +1,16 @@
 """Attention on the CPU that skips the key tiles its state marks, in plain torch.
 
 One tile of queries at a time: gather the kept tiles of K and V, one GEMM, the maximum of each tile, one softmax, one
-GEMM. `ops.attend_reference` is the specification; the decisions of a whole head are taken at once, after its GEMMs.
+GEMM. `ops.attend_reference` is the specification; a run of tiles is decided about at once, after its GEMMs.
+Runs are independent and go to Python threads (`run_in_threads`), each of which computes with one thread.
 """
 
 from __future__ import annotations
 
 import math
+import threading
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -54,12 +58,12 @@ def plan_visits(rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, k_ti
     return Plan(skipped, order, ((~skipped).cumsum(-1) - 1).clamp(min=0), (~skipped).sum(-1))
 
 
-def record_head(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
-    """Write marks, anchors, count and epoch of one head into its state `rows` (int32 `[q_tiles, row_words]`).
+def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
+    """Write marks, anchors, count and epoch of a run of query tiles into its `rows` (int32 `[q_tiles, row_words]`).
 
     Args:
         maxima: `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
-        plan: plan of this head, without the two leading dimensions.
+        plan: plan of these tiles, without the two leading dimensions.
         threshold: natural units.
     """
     order = plan.order[:, : maxima.shape[-1]]
@@ -101,10 +105,9 @@ def attend_cpu(
         out: `[B, H, Sq, Dv]`, dtype of `q`, any strides; overwritten.
         lse: natural-log sum of exponentials, float32 `[B, H, Sq]`; overwritten when given.
     """
-    batch, heads, q_len, dim = q.shape
-    k_len, v_dim = v.shape[2:]
+    batch, heads, q_len, _ = q.shape
+    k_len = k.shape[2]
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
-    padding = k_tiles * tile.k - k_len
     layout = row_layout(k_tiles)
     epoch, _, slot = now.tolist()[:3]
     rows = state[slot] if slot >= 0 else state.new_zeros(batch, heads, q_tiles, layout.words)
@@ -112,57 +115,118 @@ def attend_cpu(
     first = (torch.arange(q_tiles) * tile.q * k_len // q_len) // tile.k
     plan = plan_visits(rows, epoch, layout, first, k_tiles)
 
+    def attend_run(b: int, h: int, tiles: range) -> None:
+        inside = slice(tiles.start * tile.q, min(tiles.stop * tile.q, q_len))
+        run = Plan(*(field[b, h, tiles.start : tiles.stop] for field in plan))
+        logs = None if lse is None else lse[b, h, inside]
+        maxima = attend_tiles(q[b, h, inside], k[b, h], v[b, h], run, scale, tile, out[b, h, inside], logs)
+        if slot >= 0:
+            record_tiles(rows[b, h, tiles.start : tiles.stop], maxima, run, epoch, layout, threshold * math.log(2))
+
+    # Several runs per thread even out their different densities.
+    length = max(1, min(q_tiles, batch * heads * q_tiles // (4 * torch.get_num_threads())))
+    runs = [range(start, min(start + length, q_tiles)) for start in range(0, q_tiles, length)]
+    run_in_threads([partial(attend_run, b, h, tiles) for b in range(batch) for h in range(heads) for tiles in runs])
+
+
+def attend_tiles(
+    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, tile: TileShape, out: Tensor, lse: Tensor | None
+) -> Tensor:
+    """Attention of a run of query tiles of one head, into `out` and `lse`.
+
+    Args:
+        q, out: `[rows, D]`; k, v: `[Sk, D]`; lse: `[rows]`.
+        plan: plan of these tiles, without the two leading dimensions.
+
+    Returns:
+        `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
+    """
+    (q_len, dim), (k_len, v_dim) = q.shape, v.shape
+    k_tiles = plan.skipped.shape[-1]
+    padding = k_tiles * tile.k - k_len
     # A bf16 GEMM gives bf16 scores, too coarse to decide by; for P @ V alone it gains too little to be worth its error.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    threads = torch.get_num_threads()
-    queries = q.new_empty(q_len, dim, dtype=dtype)
+    queries = q.to(dtype) * scale
     keys = q.new_zeros(k_tiles, tile.k * dim, dtype=dtype)
     values = q.new_zeros(k_tiles, tile.k * v_dim, dtype=dtype)
+    keys.view(-1, dim)[:k_len] = k
+    values.view(-1, v_dim)[:k_len] = v
     gathered_k, gathered_v = torch.empty_like(keys), torch.empty_like(values)
-    score_buffer = q.new_empty(tile.q * k_tiles * tile.k, dtype=dtype)
+    counts = plan.computed.tolist()
+    widest = max(1, *counts)
+    score_buffer = q.new_empty(tile.q * widest * tile.k, dtype=dtype)
     weighted = q.new_empty(q_len, v_dim, dtype=dtype)
-    row_logs = q.new_empty(q_len, dtype=dtype)
-    query_tiles, weighted_tiles, log_tiles = (torch.split(x, tile.q) for x in (queries, weighted, row_logs))
+    logs = q.new_empty(q_len, dtype=dtype)
+    maxima = q.new_full((len(counts), tile.q, widest), -math.inf, dtype=dtype)
+    kept_tiles = torch.split((~plan.skipped).nonzero()[:, 1], counts)
+    query_tiles, weighted_tiles, log_tiles = (torch.split(x, tile.q) for x in (queries, weighted, logs))
+    for i, (kept, n) in enumerate(zip(kept_tiles, counts, strict=True)):
+        if n == 0:  # only a hand-made state asks for an empty softmax
+            weighted_tiles[i].fill_(math.nan)
+            log_tiles[i].fill_(math.nan)
+            continue
+        height, width = query_tiles[i].shape[0], n * tile.k
+        start, stop = int(kept[0]), int(kept[-1]) + 1
+        if stop - start == n:
+            tile_keys, tile_values = keys[start:stop], values[start:stop]
+        else:
+            tile_keys = torch.index_select(keys, 0, kept, out=gathered_k[:n])
+            tile_values = torch.index_select(values, 0, kept, out=gathered_v[:n])
+        scores = score_buffer[: height * width].view(height, width)
+        torch.mm(query_tiles[i], tile_keys.view(width, dim).T, out=scores)
+        if padding and stop == k_tiles:
+            scores[:, width - padding :] = -math.inf
+        row_maxima = maxima[i, :height, :n]
+        torch.amax(scores.view(height, n, tile.k), -1, out=row_maxima)
+        torch.softmax(scores, -1, out=scores)
+        if lse is not None:  # the largest weight of a row is exp(0) / sum
+            torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=log_tiles[i])
+        torch.mm(scores, tile_values.view(width, v_dim), out=weighted_tiles[i])
+    out.copy_(weighted)
+    if lse is not None:
+        lse.copy_(logs)
+    # The missing rows of a ragged last tile repeat its last row, which changes no decision.
+    last = query_tiles[-1].shape[0]
+    maxima[-1, last:] = maxima[-1, last - 1].clone()
+    return maxima
 
-    for b in range(batch):
-        for h in range(heads):
-            torch.mul(queries.copy_(q[b, h]), scale, out=queries)
-            keys.view(-1, dim)[:k_len] = k[b, h]
-            values.view(-1, v_dim)[:k_len] = v[b, h]
-            counts = plan.computed[b, h].tolist()
-            kept_tiles = torch.split((~plan.skipped[b, h]).nonzero()[:, 1], counts)
-            maxima = q.new_full((q_tiles, tile.q, max(1, *counts)), -math.inf, dtype=dtype)
-            for i, (kept, n) in enumerate(zip(kept_tiles, counts, strict=True)):
-                if n == 0:  # only a hand-made state asks for an empty softmax
-                    weighted_tiles[i].fill_(math.nan)
-                    log_tiles[i].fill_(math.nan)
-                    continue
-                height, width = query_tiles[i].shape[0], n * tile.k
-                # One batch entry per thread keeps its rows on its core from the first GEMM to the last.
-                parts = threads if height % (32 * threads) == 0 else 1
-                start, stop = int(kept[0]), int(kept[-1]) + 1
-                if stop - start == n:
-                    tile_keys, tile_values = keys[start:stop], values[start:stop]
-                else:
-                    tile_keys = torch.index_select(keys, 0, kept, out=gathered_k[:n])
-                    tile_values = torch.index_select(values, 0, kept, out=gathered_v[:n])
-                tile_keys = tile_keys.view(width, dim).T.expand(parts, dim, width)
-                tile_values = tile_values.view(width, v_dim).expand(parts, width, v_dim)
-                scores = score_buffer[: height * width].view(height, width)
-                torch.bmm(query_tiles[i].view(parts, -1, dim), tile_keys, out=scores.view(parts, -1, width))
-                if padding and stop == k_tiles:
-                    scores[:, width - padding :] = -math.inf
-                row_maxima = maxima[i, :height, :n]
-                torch.amax(scores.view(height, n, tile.k), -1, out=row_maxima)
-                torch.softmax(scores, -1, out=scores)
-                if lse is not None:  # the largest weight of a row is exp(0) / sum
-                    torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=log_tiles[i])
-                torch.bmm(scores.view(parts, -1, width), tile_values, out=weighted_tiles[i].view(parts, -1, v_dim))
-            out[b, h] = weighted
-            if lse is not None:
-                lse[b, h] = row_logs
-            if slot >= 0:
-                head = Plan(*(field[b, h] for field in plan))
-                # The missing rows of a ragged last tile repeat its last row, which changes no decision.
-                maxima[-1, query_tiles[-1].shape[0] :] = maxima[-1, query_tiles[-1].shape[0] - 1].clone()
-                record_head(rows[b, h], maxima, head, epoch, layout, threshold * math.log(2))
+
+_threads_in_use = threading.Lock()
+
+
+def run_in_threads(jobs: Sequence[Callable[[], None]]) -> None:
+    """Run independent jobs on as many Python threads as torch has threads, each job computing with one.
+
+    The threads of one torch operator wait for each other at its end. The jobs are made of thousands of small operators,
+    which on a busy machine would wait most of the time; whole jobs wait once.
+    """
+    count = min(torch.get_num_threads(), len(jobs))
+    # `set_num_threads` is in part global, so only one caller at a time may change it; another one does without.
+    if count == 1 or not _threads_in_use.acquire(blocking=False):
+        for job in jobs:
+            job()
+        return
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    pending, errors = iter(jobs), []
+
+    def work() -> None:
+        try:
+            with torch.inference_mode(inference), torch.no_grad():
+                for job in pending:  # taking the next one holds the interpreter's lock
+                    job()
+        except BaseException as error:
+            errors.append(error)
+
+    helpers = [threading.Thread(target=work) for _ in range(count - 1)]
+    try:
+        torch.set_num_threads(1)
+        for helper in helpers:
+            helper.start()
+        work()
+        for helper in helpers:
+            helper.join()
+    finally:
+        torch.set_num_threads(threads)
+        _threads_in_use.release()
+    if errors:
+        raise errors[0]

@@ -1,8 +1,8 @@
 """The step clock: which step, which guidance stream, which generation is this call of the model?
 
 One clock per model, an int32 tensor on the model's device. `advance` runs inside the compiled graph, once per call, and
-decides without any host synchronisation. Every doubt ends in a stream with an empty mask, or in no stream at all, both
-of which compute everything: a mistake of the clock costs sparsity, never a picture.
+decides without any host synchronisation. Every doubt that it sees ends in a stream with an empty mask, or in no stream,
+both of which compute everything.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 from torch import Tensor
 
 # Words of the header.
-GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, DIRECTION, TIMESTEP, NUMEL, EPOCH, ANNOUNCED = range(11)
+GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, ANNOUNCED = range(10)
 _HEADER = 16
 
 LATENT_SAMPLES = 4096
 CONDITION_GROUPS, PROJECTIONS = 16, 4
-_MULTIPLIERS = ((5471, 7919), (3571, 2741), (7001, 5323), (1993, 6151))
-CONDITION_WORDS = CONDITION_GROUPS * PROJECTIONS
+_HASHES = ((5471, 7919, 3571, 8191), (3571, 2741, 6007, 8179), (7001, 5323, 4211, 8171), (1993, 6151, 7489, 8167))
+CONDITION_WORDS = 2 * CONDITION_GROUPS * PROJECTIONS
 
 NEXT_STEP_COSINE = 0.5
-"""Latents of consecutive steps correlate at least 0.7 even in a 2-step run; unrelated ones stay within +-0.05."""
+"""Latents of consecutive steps correlate better in runs of eight steps or more; unrelated ones stay within +-0.3."""
 SAME_TIMESTEP_COSINE = 0.98
 """A second evaluation at one timestep (Heun, rounded timesteps) moves latents little, another noise more."""
-FIRST_ASCENT_COSINE = 0.9
-"""Models whose time runs upwards are believed when their first step also looks like one."""
+MAX_ENTRIES = 32
+"""Batch entries are judged one by one; of more than this many, neighbours are judged together."""
 
 
 def clock_words(max_streams: int) -> int:
@@ -39,49 +39,78 @@ def slot_table(clock: Tensor, max_streams: int) -> Tensor:
     return clock[_HEADER : _HEADER + 3 * max_streams].view(3, max_streams)
 
 
-def sample(x: Tensor, count: int) -> Tensor:
-    """`count` values of `x` as float32, spread over all of it at irregular distances (no fixed channel or column)."""
-    flat = x.reshape(-1)
-    size = flat.shape[0]
-    index = torch.arange(count, device=x.device)
+def sample_positions(size: int, count: int, device: torch.device) -> Tensor:
+    """int64 `[count]`: ascending positions spread over `size`, at irregular distances (no fixed channel or column)."""
+    index = torch.arange(count, device=device)
     stride = (size + count - 1) // count
     # Inductor computes indices in 32 bits, so every product has to fit.
-    return flat[(index * stride + (index * 40503 // 8) % stride) % size].float()
+    return (index * stride + (index * 40503 // 8) % stride) % size
 
 
-def identify(conditions: Sequence[Tensor], device: torch.device) -> Tensor:
-    """Fingerprint of a call's conditioning: float32 `[CONDITION_WORDS]` pseudo-random projections of every element.
+def sample(x: Tensor, count: int) -> Tensor:
+    """`count` values of `x` as float32, spread over all of it."""
+    flat = x.reshape(-1)
+    return flat[sample_positions(flat.shape[0], count, x.device)].float()
+
+
+def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -> Tensor:
+    """Fingerprint of a call's conditioning: int32 `[CONDITION_WORDS]`, projections of every element in float64.
 
     Prompts that differ in their last word differ in one token out of hundreds, so samples would not do.
     """
-    groups = [torch.zeros(PROJECTIONS, device=device)] * CONDITION_GROUPS
-    for number, x in enumerate(conditions):
-        flat = x.reshape(-1).float()
+    groups = [torch.zeros(PROJECTIONS, dtype=torch.float64, device=device)] * CONDITION_GROUPS
+    for number, condition in enumerate(conditions):
+        if not isinstance(condition, Tensor):
+            condition = torch.full((1,), condition, dtype=torch.float64, device=device)
+        if condition.is_complex():
+            condition = torch.view_as_real(condition.resolve_conj())
+        flat = condition.to(device).reshape(-1).to(torch.float64)
         index = torch.arange(flat.shape[0], device=device)
-        low, high = index % 4093, index // 4093 % 4093
-        # Hashes of the position, in products that fit 32 bits: Inductor computes indices in no more.
-        hashed = [(low * a + high * b + number * 6673) % 2039 for a, b in _MULTIPLIERS]
-        sums = torch.stack([((h.float() / 1019.0 - 1.0) * flat).sum() for h in hashed])
-        groups[number % CONDITION_GROUPS] = groups[number % CONDITION_GROUPS] + sums
-    return torch.cat(groups)
+        # The position as three digits. A weight is a linear hash of them modulo a prime that is larger than any digit,
+        # another prime per projection, in products that fit 32 bits: Inductor computes indices in no more.
+        low, middle, high = index % 4093, index // 4093 % 4093, index // (4093 * 4093)
+        hashed = [(low * a + middle * b + high * c + number * 6673) % p for a, b, c, p in _HASHES]
+        sums = [((h.to(torch.float64) + 1) * flat).sum() for h in hashed]
+        groups[number % CONDITION_GROUPS] = groups[number % CONDITION_GROUPS] + torch.stack(sums)
+    return torch.cat(groups).view(torch.int32)
 
 
-def advance(clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequence[Tensor], max_streams: int) -> Tensor:
+def correlate(now: Tensor, last: Tensor, latents: Tensor) -> Tensor:
+    """Smallest cosine between two sets of samples among the entries of a batch; NaN where an entry did not move.
+
+    Samples that did not change at all are left out: they belong to conditioning that is concatenated to the latents,
+    and say nothing about the noise.
+    """
+    size, entries = latents.numel(), torch.sym_min(latents.shape[0], MAX_ENTRIES)
+    changed = now != last
+    moved, was = torch.where(changed, now, 0.0), torch.where(changed, last, 0.0)
+    owner = sample_positions(size, LATENT_SAMPLES, now.device) // ((size + entries - 1) // entries)
+    inside = owner == torch.arange(entries, device=now.device)[:, None]
+
+    def total(values: Tensor) -> Tensor:
+        return torch.where(inside, values, 0.0).sum(1)
+
+    return (total(moved * was) / (total(moved * moved).sqrt() * total(was * was).sqrt())).amin()
+
+
+def advance(
+    clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequence[Tensor | int | float], max_streams: int
+) -> Tensor:
     """Advance `clock` in place by one call of the model and say where that call stands.
 
     - *Same step, next guidance stream*: the latents equal the previous call's, and so does the timestep.
-    - *Next step*: the latents moved but still correlate with the previous call's, the timestep did not turn back, and
-      this is not where the generation started.
+    - *Next step*: the latents of every batch entry moved but still correlate with the previous call's, the timestep
+      fell (or is evaluated a second time), and this is not where the generation started.
     - *New generation*: anything else, or a reset asked for by the user. All masks are void.
 
-    A stream is known by its conditioning (every model input that is neither latents nor timestep): a mask is never used
-    under another prompt. Calls with equal conditioning within one step are told apart by their order.
+    A stream is known by its conditioning, every input of the graph that is neither latents, timestep nor a parameter: a
+    mask is never used under another prompt. Calls of one step with equal conditioning are told apart by their order.
 
     Args:
         clock: int32 `[clock_words(max_streams)]`.
         latents: the noisy input of the model, any shape.
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
-        conditions: all other inputs of the model.
+        conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
 
     Returns:
         int32 `[4]`: epoch (unique per stream and generation), step, slot (-1: use no state), generation.
@@ -89,34 +118,26 @@ def advance(clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequen
     slots = slot_table(clock, max_streams)
     slot_generation, slot_step, slot_epoch = slots[0], slots[1], slots[2]
     stored = clock[_HEADER + 3 * max_streams :].view(torch.float32)
-    last, first, known = stored.split([LATENT_SAMPLES, LATENT_SAMPLES, max_streams * CONDITION_WORDS])
-    known = known.view(max_streams, CONDITION_WORDS)
+    last, first, rest = stored.split([LATENT_SAMPLES, LATENT_SAMPLES, max_streams * CONDITION_WORDS])
+    known = rest.view(torch.int32).view(max_streams, CONDITION_WORDS)
 
-    now = sample(latents, LATENT_SAMPLES)
-    t = timestep.float().max()
+    now = sample(latents, LATENT_SAMPLES).to(clock.device)
+    t = timestep.float().max().to(clock.device)
     last_t = clock[TIMESTEP].view(torch.float32)
     started = (clock[GENERATION] > 0) & (clock[RESET] == 0) & (clock[NUMEL] == latents.numel() % 2**31)
 
-    # Samples that did not move at all belong to conditioning channels; they say nothing about the noise.
-    changed = now != last
-    moved, was = torch.where(changed, now, 0.0), torch.where(changed, last, 0.0)
-    cosine = (moved * was).sum() / ((moved * moved).sum().sqrt() * (was * was).sum().sqrt())
-    delta = torch.sign(t - last_t).to(torch.int32)
-    direction = clock[DIRECTION]
-    bound = torch.where(
-        delta == 0,
-        SAME_TIMESTEP_COSINE,
-        torch.where((delta > 0) & (direction == 0), FIRST_ASCENT_COSINE, NEXT_STEP_COSINE),
-    )
-    identical = ~changed.any()
+    delta = t - last_t
+    identical = (now == last).all()
+    bound = torch.where(delta == 0, SAME_TIMESTEP_COSINE, NEXT_STEP_COSINE)
+    # A timestep may be evaluated twice, but not the first one of a generation: that would be a restart.
+    onwards = (delta < 0) | ((delta == 0) & (clock[STEP] > 0))
     same_step = started & identical & (delta == 0)
-    next_step = started & ~identical & (delta * direction >= 0) & (now != first).any() & (cosine >= bound)
+    next_step = started & ~identical & onwards & (now != first).any() & (correlate(now, last, latents) >= bound)
     next_step = next_step & torch.isfinite(t) & torch.isfinite(last_t) & torch.isfinite(now).all()
     new = ~(same_step | next_step)
 
     generation = clock[GENERATION] + new.int()
     step = torch.where(new, 0, clock[STEP] + next_step.int())
-    direction = torch.where(new, 0, torch.where(direction == 0, delta, direction))
 
     condition = identify(conditions, clock.device)
     number = torch.arange(max_streams, dtype=torch.int32, device=clock.device)
@@ -142,7 +163,6 @@ def advance(clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequen
             clock[CALLS] + 1,
             clock[DENSE_CALLS] + (slot < 0).int(),
             torch.zeros_like(step),
-            direction,
             t.view(torch.int32),
             torch.full_like(step, latents.numel() % 2**31),
             epoch_count,
@@ -157,7 +177,7 @@ def advance(clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequen
             slot_epoch.to(torch.int32),
             now.view(torch.int32),
             torch.where(new, now, first).view(torch.int32),
-            torch.where((taken & fresh)[:, None], condition, known).reshape(-1).view(torch.int32),
+            torch.where((taken & fresh)[:, None], condition, known).reshape(-1),
         ]
     )
     clock.copy_(updated)

@@ -6,31 +6,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from .announce import Generation, pop, push
 from .clock import RESET
-from .layer_state import clocks
+from .layer_state import bindings
 
 
-def model_parameters(model: nn.Module | None) -> list[Tensor] | None:
-    """Parameters and buffers of `model`, the keys of its state; None for None, which stands for all models."""
-    if model is None:
-        return None
-    if not isinstance(model, nn.Module):
+def check_model(model: nn.Module | None) -> nn.Module | None:
+    """`model` itself; raises `TypeError` for anything but a module or None."""
+    if model is not None and not isinstance(model, nn.Module):
         hint = "pass the denoiser itself, for example pipe.transformer"
         raise TypeError(f"model is {model!r} ({type(model).__name__}); allowed: a torch.nn.Module or None; {hint}")
-    return [*model.parameters(), *model.buffers()]
+    return model
 
 
 def reset(model: nn.Module | None = None) -> None:
     """Make the next call of `model` (None: of every model) start a new generation: all its skip masks are void.
 
-    Does not wait for the device, and frees nothing.
+    Does not wait for the device, and frees nothing. A part of a model stands for the whole.
     """
     with torch.inference_mode(False), torch.no_grad():
-        for clock in clocks(model_parameters(model)):
-            clock[RESET].fill_(1)
+        for binding in bindings(check_model(model)):
+            binding.clock[RESET].fill_(1)
 
 
 @contextmanager
@@ -45,8 +43,8 @@ def generation(model: nn.Module | None = None) -> Iterator[Generation]:
                 g.step()          # g.step(stream=1) before the call for another prompt
                 model(...)
     """
-    current = Generation(model_parameters(model))
     reset(model)
+    current = Generation(None if model is None else [*model.parameters(), *model.buffers()])
     push(current)
     try:
         yield current

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -125,16 +126,17 @@ def format_table(rows: Sequence[Sequence[str]]) -> list[str]:
 
 
 _lock = threading.Lock()
-_compiled: list[tuple[object, GraphReport]] = []
+_compiled: list[tuple[weakref.ref[CompileContext] | None, GraphReport]] = []
 
 
 def record(graph: GraphReport) -> None:
     """Remember the decisions about one compiled graph; Dynamo's second attempt at a compilation replaces its first."""
     attempt = CompileContext.try_get()
     with _lock:
-        if attempt is not None and _compiled and _compiled[-1][0] is attempt:
+        last = _compiled[-1][0] if _compiled else None
+        if attempt is not None and last is not None and last() is attempt:
             _compiled.pop()
-        _compiled.append((attempt, graph))
+        _compiled.append((None if attempt is None else weakref.ref(attempt), graph))
 
 
 def report() -> Report:

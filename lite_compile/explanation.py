@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -14,14 +16,17 @@ from .options import Options
 from .passes.graph_inputs import fake_value, placeholders
 from .runtime import SizeResolver
 
+_numbers = itertools.count()
+
 
 def explain(
     model: Callable[..., Any], *args: Any, backend_options: Mapping[str, Any] | None = None, **kwargs: Any
 ) -> Report:
-    """Capture `model(*args, **kwargs)` and decide about its attention; nothing of the model is computed.
+    """Capture `model(*args, **kwargs)` under `torch.no_grad()` and decide about its attention; no tensor is computed.
 
     Each captured graph returns uninitialised outputs of the right shape, so that Python code between two graphs goes
-    on. Nothing is remembered: `report()` and later compilations are as if `explain` had not been called.
+    on, and does to Python objects what it does in any call. Nothing else is remembered: `report()` and later
+    compilations are as if `explain` had not been called.
 
     Args:
         model: a module or function, compiled or not.
@@ -37,11 +42,24 @@ def explain(
         graphs.append(rewrite_graph(gm, settings)[2])
         return _empty_outputs(gm)
 
+    if not callable(model):
+        raise TypeError(f"model is {model!r} ({type(model).__name__}); allowed: a torch.nn.Module or a function")
     original = getattr(model, "_orig_mod", model)
     function = original.forward if isinstance(original, torch.nn.Module) else original
     with torch.no_grad():
-        torch.compile(function, backend=capture)(*args, **kwargs)
+        torch.compile(_with_own_code(function), backend=capture)(*args, **kwargs)
     return Report(tuple(graphs))
+
+
+def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A copy of `function`: Dynamo keeps its caches, limits and guesses about dynamic sizes by code object and name."""
+    inner = getattr(function, "__func__", function)
+    if not isinstance(inner, FunctionType):
+        return function
+    code = inner.__code__.replace(co_name=f"explain_{next(_numbers)}")
+    copy = FunctionType(code, inner.__globals__, inner.__name__, inner.__defaults__, inner.__closure__)
+    copy.__kwdefaults__ = inner.__kwdefaults__
+    return copy if inner is function else MethodType(copy, function.__self__)  # type: ignore[attr-defined]
 
 
 def _empty_outputs(gm: fx.GraphModule) -> Callable[..., Any]:

@@ -1,103 +1,132 @@
-"""Where skip states and clocks live: with the model, keyed by the identity of its parameters, never by a graph.
+"""Where skip states and clocks live: with the model that a compiled graph is called for.
 
-One compiled graph serves many modules (parameters are graph inputs), and one module may be compiled several times. The
-keys are held weakly, so deleting the model frees its state.
+A compiled graph serves many modules (parameters are graph inputs), and a module may be compiled several times, under
+other options or with other constants. State therefore belongs to one graph *and* one set of parameters: a `Binding`.
+Parameters are held weakly, so deleting the model frees its state, and so does dropping the graph.
 """
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor, nn
+from torch.utils.weak import TensorWeakRef
 
 from .announce import active_generation
 from .clock import clock_words
 from .skip_state import TileShape
 
 MAX_SHAPES = 8
-"""Input shapes for which one layer keeps a state; beyond that the oldest is dropped (and would start dense)."""
+"""Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
 
 @dataclass(frozen=True)
-class LayerKey:
-    """Which of the states that hang on one parameter."""
+class LayerSpec:
+    """What one layer of a graph needs, symbolic sizes resolved."""
 
-    ordinal: int
-    """Number of the attention site among those of its graph that share the parameter."""
+    layer: str
     shape: tuple[int, ...]
+    """int32 `[streams, B, H, q_tiles, row_words]`."""
     tile: TileShape
+    q_len: int
     k_len: int
-    device: torch.device
 
 
 @dataclass(frozen=True)
 class LayerState:
     """Skip state of one layer for one input shape."""
 
-    layer: str
+    spec: LayerSpec
     state: Tensor
-    """int32, as `skip_state` lays it out."""
     clock: Tensor
     """The clock of the model that the layer belongs to."""
-    max_streams: int
-    tile: TileShape
-    q_len: int
-    k_len: int
+
+    @property
+    def layer(self) -> str:
+        return self.spec.layer
+
+    @property
+    def max_streams(self) -> int:
+        return self.spec.shape[0]
 
 
-_lock = threading.RLock()
-_layers: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_clocks: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+class Binding:
+    """Clock and skip states of one model under one compiled graph."""
+
+    def __init__(self, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool) -> None:
+        self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
+        self._versions = _versions(tensors)
+        self._device = device
+        self._announced = announced
+        self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
+        self.lock = threading.Lock()
+        """Held during a call: two threads that use one model take turns."""
+        self.clock = _zeros((clock_words(max_streams),), device)
+        with _registry_lock:
+            _registry.add(self)
+
+    def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters and buffers that identify the model."""
+        return all(ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=True))
+
+    def unchanged(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
+        return self._versions == _versions(tensors)
+
+    def belongs_to(self, parameters: set[int]) -> bool:
+        """Whether a rewritten layer of this model has one of these parameters (by id)."""
+        return any((tensor := ref()) is not None and id(tensor) in parameters for ref in self._tensors)
+
+    def states(self, specs: tuple[LayerSpec, ...]) -> list[LayerState]:
+        """The states for one input shape, in the order of the graph's layers; empty ones on first use."""
+        found = self._states.get(specs)
+        if found is None:
+            while len(self._states) >= MAX_SHAPES:
+                self._states.popitem(last=False)
+            found = [LayerState(spec, _zeros(spec.shape, self._device), self.clock) for spec in specs]
+            self._states[specs] = found
+        self._states.move_to_end(specs)
+        return found
+
+    def listen(self) -> None:
+        """Let the user's active `generation`, if it covers this model, drive the clock."""
+        if self._announced:
+            anchor = self._tensors[0]()
+            generation = None if anchor is None else active_generation(anchor)
+            if generation is not None:
+                generation.attach(self.clock)
+
+    def all_states(self) -> list[LayerState]:
+        """The states for all shapes, the most recently used shape first."""
+        return [state for states in reversed(list(self._states.values())) for state in states]
 
 
-def find_clock(anchor: Tensor, max_streams: int, device: torch.device, announced: bool) -> Tensor:
-    """The clock of the model that parameter `anchor` identifies; allocated on first use.
-
-    `announced`: the clock that the user's `generation` drives, rather than the one that advances by itself.
-    """
-    with _lock:
-        clocks = _clocks.setdefault(anchor, {})
-        key = (max_streams, device, announced)
-        if key not in clocks:
-            clocks[key] = _zeros((clock_words(max_streams),), device)
-        clock: Tensor = clocks[key]
-    if announced and (generation := active_generation(anchor)) is not None:
-        generation.attach(clock)
-    return clock
+_registry: weakref.WeakSet[Binding] = weakref.WeakSet()
+_registry_lock = threading.Lock()
 
 
-def find_layer_state(weight: Tensor, key: LayerKey, layer: str, clock: Tensor, q_len: int) -> Tensor:
-    """The skip state of the layer that parameter `weight` identifies; allocated, empty, on first use per shape."""
-    with _lock:
-        states = _layers.setdefault(weight, {})
-        found = states.get(key)
-        if found is None or found.clock is not clock:
-            while len(states) >= MAX_SHAPES:
-                del states[next(iter(states))]
-            state = _zeros(key.shape, key.device)
-            found = LayerState(layer, state, clock, key.shape[0], key.tile, q_len, key.k_len)
-            states[key] = found
-        result: Tensor = found.state
-        return result
+def bindings(model: nn.Module | None = None) -> list[Binding]:
+    """All bindings (None), or those that use a parameter or buffer of `model`, which may be a part of one."""
+    with _registry_lock:
+        found = list(_registry)
+    if model is None:
+        return found
+    parameters = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    return [binding for binding in found if binding.belongs_to(parameters)]
 
 
-def layer_states(parameters: list[Tensor] | None = None) -> Iterator[LayerState]:
-    """All skip states, or those of the layers that the given parameters identify."""
-    with _lock:
-        keys = list(_layers.keys()) if parameters is None else [p for p in parameters if p in _layers]
-        found = [state for key in keys for state in _layers[key].values()]
-    return iter(found)
+def layer_states(model: nn.Module | None = None) -> list[LayerState]:
+    """The skip states of all models (None) or of one."""
+    return [state for binding in bindings(model) for state in binding.all_states()]
 
 
-def clocks(parameters: list[Tensor] | None = None) -> list[Tensor]:
-    """All clocks, or those of the models that the given parameters belong to."""
-    with _lock:
-        keys = list(_clocks.keys()) if parameters is None else [p for p in parameters if p in _clocks]
-        return [clock for key in keys for clock in _clocks[key].values()]
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

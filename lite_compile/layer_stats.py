@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .clock import GENERATION, slot_table
-from .control import model_parameters
+from .control import check_model
 from .decisions import format_table
 from .layer_state import LayerState, layer_states
 from .skip_state import COMPUTED_WORD, EPOCH_WORD, row_layout, tile_count, unpack_bits
@@ -55,13 +55,13 @@ def stats(model: nn.Module | None = None) -> Stats:
 
     Reads the states from the device, so it waits for it: call it between steps, not inside a timed loop.
     """
-    found = [stream for state in layer_states(model_parameters(model)) for stream in _streams(state)]
+    found = [stream for state in layer_states(check_model(model)) for stream in _streams(state)]
     return Stats(tuple(found))
 
 
 def skip_mask(state: LayerState, stream: int) -> Tensor:
     """bool `[B, H, q_tiles, k_tiles]`: the tiles that the stream's next call will skip."""
-    k_tiles = tile_count(state.k_len, state.tile.k)
+    k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
     rows = state.state[stream].cpu()
     epoch = int(slot_table(state.clock.cpu(), state.max_streams)[2, stream])
     mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
@@ -72,7 +72,7 @@ def _streams(state: LayerState) -> list[StreamStats]:
     clock = state.clock.cpu()
     generations = int(clock[GENERATION])
     slot_generation, slot_step, slot_epoch = slot_table(clock, state.max_streams).tolist()
-    k_tiles = tile_count(state.k_len, state.tile.k)
+    k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
     found = []
     for slot in range(state.max_streams):
         header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,12 +11,15 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor, fx
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .layer_state import LayerKey, find_clock, find_layer_state
-from .passes.graph_inputs import fake_value, placeholders
+from .layer_state import Binding, LayerSpec
+from .passes.graph_inputs import fake_value, is_buffer, placeholders
 from .passes.rewrite_attention import StateInput
 
 Size = int | torch.SymInt
+MAX_MODELS = 8
+"""Models that share their first layer and for which one graph keeps states; beyond that the oldest state is dropped."""
 
 
 class SizeResolver:
@@ -78,20 +82,44 @@ class StatefulGraph:
         inputs = placeholders(graph)
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
-        self._state = state
-        self._weights = [position[layer.weight] for layer in state.layers]
+        self._layers = [(layer.layer, layer.tile) for layer in state.layers]
+        self._max_streams, self._device, self._announced = state.max_streams, state.device, state.announced
+        # What identifies a model: the weights of its rewritten layers, and its buffers, which may hold conditioning.
+        self._identity = [position[layer.weight] for layer in state.layers]
+        self._identity += [index for index, node in enumerate(inputs) if is_buffer(node)]
         self._resolver = SizeResolver(inputs)
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
+        self._specs: dict[tuple[tuple[int, ...], ...], tuple[LayerSpec, ...]] = {}
+        self._bindings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        state = self._state
-        clock = find_clock(args[self._weights[0]], state.max_streams, state.device, state.announced)
-        return self._compiled(*args, clock, *self._find_states(args, clock))
+        binding = self._bind([args[index] for index in self._identity])
+        with binding.lock:
+            binding.listen()
+            states = binding.states(self._resolve(args))
+            return self._compiled(*args, binding.clock, *(state.state for state in states))
 
-    def _find_states(self, args: Sequence[Any], clock: Tensor) -> list[Tensor]:
+    def _bind(self, tensors: list[Tensor]) -> Binding:
+        with self._lock:
+            candidates: list[Binding] = self._bindings.setdefault(tensors[0], [])  # models may share their first layer
+            for binding in candidates:
+                if binding.same_tensors(tensors):
+                    if binding.unchanged(tensors):
+                        return binding
+                    candidates.remove(binding)
+                    break
+            del candidates[: -MAX_MODELS + 1]
+            candidates.append(Binding(tensors, self._max_streams, self._device, self._announced))
+            return candidates[-1]
+
+    def _resolve(self, args: Sequence[Any]) -> tuple[LayerSpec, ...]:
         resolved = self._resolver.resolve(self._sizes, args)
-        found = []
-        for layer, weight, (*shape, q_len, k_len) in zip(self._state.layers, self._weights, resolved, strict=True):
-            key = LayerKey(layer.ordinal, tuple(shape), layer.tile, k_len, self._state.device)
-            found.append(find_layer_state(args[weight], key, layer.layer, clock, q_len))
-        return found
+        specs = self._specs.get(resolved)
+        if specs is None:
+            specs = tuple(
+                LayerSpec(layer, tuple(shape), tile, q_len, k_len)
+                for (layer, tile), (*shape, q_len, k_len) in zip(self._layers, resolved, strict=True)
+            )
+            self._specs[resolved] = specs
+        return specs

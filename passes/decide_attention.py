@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -35,8 +34,6 @@ class Rewrite:
     kernel: Kernel
     weight: fx.Node
     """Parameter whose identity is the layer's identity."""
-    ordinal: int
-    """Number of this site among those of the graph that share `weight`."""
     device: torch.device
 
 
@@ -53,19 +50,19 @@ def decide_attention(
     sites: Sequence[AttentionSite], missing_clock: str | None, options: Options
 ) -> list[Rewrite | Decline]:
     """One decision per site. `missing_clock` says what the clock lacks, or is None. The graph is not changed."""
-    uses: Counter[fx.Node] = Counter()
-    decisions = []
+    decisions: list[Rewrite | Decline] = []
+    device: torch.device | None = None
     for site in sites:
-        decision = _decide(site, missing_clock, options, uses)
+        decision = _decide(site, missing_clock, options)
         if isinstance(decision, Rewrite):
-            uses[decision.weight] += 1
+            device = device or decision.device
+            if decision.device != device:
+                decision = Decline(site, Reason.DEVICE, f"{decision.device}; the graph's state is on {device}")
         decisions.append(decision)
     return decisions
 
 
-def _decide(
-    site: AttentionSite, missing_clock: str | None, options: Options, uses: Counter[fx.Node]
-) -> Rewrite | Decline:
+def _decide(site: AttentionSite, missing_clock: str | None, options: Options) -> Rewrite | Decline:
     def matches(globs: Sequence[str]) -> bool:
         return any(fnmatchcase(site.layer, glob) for glob in globs)
 
@@ -118,7 +115,7 @@ def _decide(
     if weight is None:
         return Decline(site, Reason.NO_IDENTITY)
     scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
-    return Rewrite(site, scale, kernel, weight, uses[weight], q.device)
+    return Rewrite(site, scale, kernel, weight, q.device)
 
 
 def _hint(size: int | torch.SymInt) -> int:

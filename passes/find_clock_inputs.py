@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
 import operator
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,15 +12,13 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .find_attention import AttentionSite
-from .graph_inputs import argument_name, fake_tensor, fake_value, is_static, placeholders
+from .graph_inputs import argument_name, fake_tensor, fake_value, is_buffer, is_parameter, is_static, placeholders
 
 _LATENT_NAMES = {
     "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
     "z", "zt", "x_t",
 }  # fmt: skip
 _TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "time_step"}
-_PER_STEP_INPUTS = re.compile(r"controlnet|residual|block_samples")
-"""Conditioning that changes from step to step cannot tell streams apart."""
 
 _TOWARDS_EMBEDDING = {
     "to", "float", "half", "bfloat16", "double", "type_as", "type", "view", "reshape", "flatten", "unflatten",
@@ -29,6 +27,7 @@ _TOWARDS_EMBEDDING = {
     operator.getitem, operator.mul, operator.truediv, operator.add, operator.sub, operator.neg,
     torch.mul, torch.div, torch.add, torch.sub, torch.outer, torch.unsqueeze, torch.flatten, torch.reshape,
 }  # fmt: skip
+_RESUMED = "torch_dynamo_resume_in"
 _EMBEDDING = {"sin", "cos", torch.sin, torch.cos}
 
 
@@ -52,21 +51,39 @@ def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Clo
     output, then size. The *timestep* is a small input, one value per sample or per token, that is named so or that
     reaches a sine or cosine through pointwise operations.
     """
+    if _continues_after_graph_break(gm):
+        return "the graph continues after a graph break, so its inputs are not the model's"
+    if _inside_of_a_module():
+        return "a part of a model is compiled by itself, so its inputs are not the model's"
     inputs = [n for n in placeholders(gm.graph) if not is_static(n) and fake_tensor(n) is not None]
     latents = _find_latents(gm, inputs, sites)
     if latents is None:
         return "no input looks like latents"
-    timestep = _find_timestep([n for n in inputs if n is not latents], latents)
+    timestep = _find_timestep(gm, [n for n in inputs if n is not latents], latents)
     if timestep is None:
         return "no tensor input looks like a timestep"
-    conditions = tuple(n for n in inputs if n not in (latents, timestep) and _is_condition(n))
+    conditions = tuple(n for n in placeholders(gm.graph) if n not in (latents, timestep) and _is_condition(n))
     return ClockInputs(latents, timestep, conditions)
 
 
 def _is_condition(node: fx.Node) -> bool:
-    value = fake_tensor(node)
-    assert value is not None
-    return not value.is_complex() and not _PER_STEP_INPUTS.search(argument_name(node) or node.name)
+    """Everything that may carry a prompt; parameters and buffers are watched by identity and version instead."""
+    kinds = torch.Tensor | torch.SymInt | torch.SymFloat
+    return isinstance(fake_value(node), kinds) and not is_parameter(node) and not is_buffer(node)
+
+
+def _continues_after_graph_break(gm: fx.GraphModule) -> bool:
+    return any(_RESUMED in node.meta.get("stack_trace", "") for node in gm.graph.nodes)
+
+
+def _inside_of_a_module() -> bool:
+    """Whether the code being compiled was called by the `forward` of a module: it is a part of a model."""
+    frame = inspect.currentframe()
+    while frame is not None:
+        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("self"), torch.nn.Module):
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _find_latents(gm: fx.GraphModule, inputs: list[fx.Node], sites: Sequence[AttentionSite]) -> fx.Node | None:
@@ -99,16 +116,22 @@ def _size(node: fx.Node) -> int:
     return size if isinstance(size, int) else int(size.node.hint or 0)
 
 
-def _find_timestep(inputs: list[fx.Node], latents: fx.Node) -> fx.Node | None:
+def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: fx.Node) -> fx.Node | None:
     batch = fake_tensor(latents).shape[0]  # type: ignore[union-attr]
     candidates = [n for n in inputs if _is_timestep_like(n, batch)]
     embedded = [n for n in candidates if _reaches_embedding(n)]
     flat = [n for n in candidates if fake_tensor(n).dim() <= 1]  # type: ignore[union-attr]
-    for group in (embedded, flat):
-        for node in group:
-            if argument_name(node) in _TIMESTEP_NAMES:
-                return node
-    return embedded[0] if embedded else None
+    named = [n for n in (*embedded, *flat) if argument_name(n) in _TIMESTEP_NAMES]
+    if named:
+        return named[0]
+    # Position ids and guidance scales reach a sine as well: a guess has to be the only one.
+    unnamed = [n for n in embedded if not argument_name(n).startswith("guidance")]
+    return unnamed[0] if len(unnamed) == 1 and not _has_timestep_number(gm) else None
+
+
+def _has_timestep_number(gm: fx.GraphModule) -> bool:
+    """Whether the timestep is a Python number."""
+    return any(argument_name(n) in _TIMESTEP_NAMES for n in placeholders(gm.graph) if fake_tensor(n) is None)
 
 
 def _is_timestep_like(node: fx.Node, batch: int | torch.SymInt) -> bool:

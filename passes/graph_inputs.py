@@ -55,6 +55,16 @@ def is_static(node: object) -> bool:
     return source_name(node).startswith("L['self']")
 
 
+def is_parameter(node: fx.Node) -> bool:
+    """Whether an input is a registered parameter of a module (one that is handed over with the call is not)."""
+    return "_parameters" in source_name(node)
+
+
+def is_buffer(node: fx.Node) -> bool:
+    """Whether an input is a registered buffer of a module."""
+    return "_buffers" in source_name(node)
+
+
 def append_input(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
     """Append a graph input that holds state of ours: `value` is its fake tensor.
 

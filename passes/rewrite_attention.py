@@ -23,7 +23,6 @@ class StateInput:
 
     layer: str
     weight: fx.Node
-    ordinal: int
     tile: TileShape
     q_len: Size
     k_len: Size
@@ -64,7 +63,7 @@ def _rewrite(
     result.meta["example_value"] = out
     site.node.replace_all_uses_with(result)
     graph.erase_node(site.node)
-    return StateInput(site.layer, rewrite.weight, rewrite.ordinal, tile, q_len, k_len, tuple(shape))
+    return StateInput(site.layer, rewrite.weight, tile, q_len, k_len, tuple(shape))
 
 
 def _heads_last(out: torch.Tensor) -> bool:

@@ -21,6 +21,9 @@ _CASTS_AND_VIEWS = {
 }  # fmt: skip
 
 
+_LARGEST_WEIGHT_EXPRESSION = 30
+
+
 class Projection(NamedTuple):
     """`activation @ weight`, in whatever spelling (linear, matmul, addmm, convolution, a quantised op)."""
 
@@ -55,11 +58,28 @@ def _as_projection(node: fx.Node) -> Projection | None:
     if node.op not in ("call_function", "call_method") or node.target in _POINTWISE:
         return None
     inputs = node.all_input_nodes
-    weights = [root for root in map(_skip_casts, inputs) if is_static(root) and _is_matrix(root)]
-    activations = [n for n in inputs if not is_static(_skip_casts(n)) and fake_tensor(n) is not None]
+    roots = {n: _static_root(n) for n in inputs}
+    weights = [root for root in roots.values() if root is not None]
+    activations = [n for n in inputs if roots[n] is None and not is_static(n) and fake_tensor(n) is not None]
     if not weights or not activations:
         return None
     return Projection(_skip_casts(activations[0]), weights[0])
+
+
+def _static_root(node: fx.Node) -> fx.Node | None:
+    """The static matrix that `node` is, or is computed from without any activation (a normed or quantised weight)."""
+    root, pending, seen = None, [node], {node}
+    while pending:
+        current = pending.pop()
+        if is_static(current):
+            root = current if root is None and _is_matrix(current) else root
+            continue
+        parents = [n for n in current.all_input_nodes if n not in seen]
+        if not current.all_input_nodes or len(seen) > _LARGEST_WEIGHT_EXPRESSION:
+            return None
+        seen.update(parents)
+        pending.extend(parents)
+    return root
 
 
 def _is_matrix(node: fx.Node) -> bool:

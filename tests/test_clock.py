@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lite_compile.clock import advance, clock_words, identify, sample
+from lite_compile.clock import EPOCH, advance, clock_words, identify, sample
 from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
 
 STREAMS = 4
@@ -28,7 +28,7 @@ class Clock:
         return int(now[NOW_GENERATION]), int(now[NOW_STEP]), int(now[NOW_SLOT])
 
     def epoch(self) -> int:
-        return int(self.state[9])
+        return int(self.state[EPOCH])
 
 
 def noise(seed: int, shape: Sequence[int] = (1, 4, 4, 16, 16)) -> Tensor:
@@ -82,21 +82,41 @@ def test_latents_of_another_size_are_a_new_generation() -> None:
     assert clock.call(torch.ones(1, 4, 4, 16, 24), 900.0, P)[0] == 2
 
 
-def test_ascending_time_is_followed() -> None:
-    """Lumina and Z-Image count from 0 to 1."""
+def test_rising_time_stays_dense() -> None:
+    """Lumina and Z-Image count from 0 to 1; a rising timestep looks like a new generation each time."""
     clock = Clock()
-    times = [1000.0, 900.0, 800.0, 700.0]
-    for _ in range(2):
-        calls = [clock.call(x, 1 - t / 1000, P) for x, t in zip(trajectory(0, times), times, strict=True)]
-        assert [step for _, step, _ in calls] == [0, 1, 2, 3]
-    assert calls[0][0] == 2
+    times = [1000.0, 900.0, 800.0]
+    calls = [clock.call(x, 1 - t / 1000, P) for x, t in zip(trajectory(0, times), times, strict=True)]
+    assert calls == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
 
 
 def test_second_evaluation_at_one_timestep_is_a_step() -> None:
-    """Heun evaluates a timestep twice, on latents that differ a little."""
-    clock, (x, *_) = Clock(), trajectory(0, TIMES)
-    clock.call(x, 800.0, P)
-    assert clock.call(x + 0.02 * noise(9), 800.0, P) == (1, 1, 0)
+    """Heun evaluates each timestep but the first twice, on latents that differ a little."""
+    clock, (x, y, *_) = Clock(), trajectory(0, TIMES)
+    clock.call(x, 1000.0, P)
+    clock.call(y, 800.0, P)
+    assert clock.call(y + 0.02 * noise(9), 800.0, P) == (1, 2, 0)
+
+
+def test_first_timestep_again_on_other_latents_is_a_restart() -> None:
+    clock, x = Clock(), noise(1)
+    clock.call(x, 50.0, P)
+    assert clock.call(x + 0.02 * noise(9), 50.0, P) == (2, 0, 0)
+
+
+def test_one_replaced_entry_of_a_batch_is_a_new_generation() -> None:
+    clock, xs, others = Clock(), [trajectory(i, TIMES) for i in range(8)], trajectory(99, TIMES)
+    batches = [torch.cat([x[step] for x in xs]) for step in range(3)]
+    assert clock.call(batches[0], 1000.0, P) == (1, 0, 0)
+    assert clock.call(batches[1], 800.0, P) == (1, 1, 0)
+    batches[2][5] = others[2][0]
+    assert clock.call(batches[2], 600.0, P) == (2, 0, 0)
+
+
+def test_more_entries_than_are_judged_singly() -> None:
+    clock, xs = Clock(), [trajectory(i, TIMES) for i in range(50)]
+    calls = [clock.call(torch.cat([x[step] for x in xs]), TIMES[step], P) for step in range(3)]
+    assert calls == [(1, 0, 0), (1, 1, 0), (1, 2, 0)]
 
 
 def test_equal_timestep_on_other_noise_is_a_new_generation() -> None:
@@ -123,8 +143,8 @@ def test_restart_from_the_first_latents_is_a_new_generation() -> None:
     """Same noise again after an abort, with a timestep that was rounded to the same value."""
     clock, x = Clock(), noise(1)
     clock.call(x, 1000.0, P)
-    clock.call(x + 0.01 * noise(2), 1000.0, P)
-    assert clock.call(x, 1000.0, P) == (2, 0, 0)
+    assert clock.call(x + 0.01 * noise(2), 996.0, P) == (1, 1, 0)
+    assert clock.call(x, 996.0, P) == (2, 0, 0)
 
 
 def test_another_prompt_never_gets_the_slot_of_the_first() -> None:
@@ -145,6 +165,26 @@ def test_prompts_that_differ_in_one_element_are_different() -> None:
     assert not torch.equal(identify([long], device), identify([swapped], device))
     assert not torch.equal(identify([long, P], device), identify([P, long], device))
     assert identify([P] * 40, device).shape == identify([], device).shape
+
+
+def test_fingerprints_do_not_collide() -> None:
+    device = torch.device("cpu")
+    prints = set()
+    for position in [*range(0, 20000, 7), 10, 2049, 10 + 4093, 10 + 4093 * 4093]:
+        x = torch.zeros(position + 1)
+        x[position] = 1
+        prints.add(tuple(identify([x], device).tolist()))
+    assert len(prints) == len({*range(0, 20000, 7), 10, 2049, 10 + 4093, 10 + 4093 * 4093})
+    prompt = noise(0, (1, 512, 1024))
+    for place in range(0, prompt.numel(), 50001):
+        other = prompt.clone()
+        other.view(-1)[place] *= 1.001
+        assert not torch.equal(identify([prompt], device), identify([other], device))
+    ids = torch.tensor([2**24, 5])
+    assert not torch.equal(identify([ids], device), identify([ids + torch.tensor([1, 0])], device))
+    assert not torch.equal(identify([3], device), identify([4], device))
+    waves = torch.polar(torch.ones(8), torch.arange(8.0))
+    assert not torch.equal(identify([waves], device), identify([waves.conj()], device))
 
 
 def test_too_many_streams_get_no_slot() -> None:

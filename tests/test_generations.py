@@ -133,7 +133,7 @@ def test_very_short_generations_from_the_same_noise(steps: int) -> None:
         {"per_token": True},
         {"dtype": torch.int64},
         {"dtype": torch.bfloat16},
-        {"dtype": torch.bfloat16, "steps": 40, "stop_after": 6},
+        {"dtype": torch.bfloat16, "steps": 1000, "stop_after": 8},
     ],
     ids=["per_token", "integer", "bfloat16", "bfloat16_rounding_to_equal_values"],
 )
@@ -151,5 +151,4 @@ def test_schedulers(scheduler: str) -> None:
 
 
 def test_more_streams_than_slots_run_dense() -> None:
-    torch.manual_seed(0)
     assert_like_fresh({"number": 2, "streams": 6}, {"number": 1, "streams": 6})

@@ -22,7 +22,7 @@ from models import (
 from torch._dynamo.utils import counters
 
 import lite_compile
-from lite_compile.control import model_parameters
+from lite_compile.clock import RESET
 from lite_compile.layer_state import layer_states
 from lite_compile.layer_stats import skip_mask
 
@@ -55,7 +55,7 @@ def test_fifty_steps_of_a_pipeline_with_sequential_guidance() -> None:
     assert lite_compile.stats(model).density < 0.95
     stats = lite_compile.stats(model)
     assert {(s.steps, s.generations) for s in stats.streams} == {(50, 1)}
-    deep = [state for state in layer_states(model_parameters(model)) if state.layer == "blocks.1.attn1"]
+    deep = [state for state in layer_states(model) if state.layer == "blocks.1.attn1"]
     assert not torch.equal(skip_mask(deep[0], 0), skip_mask(deep[0], 1))
 
 
@@ -72,6 +72,7 @@ def test_a_reset_starts_over_and_a_generation_resets_on_both_sides() -> None:
         "hidden_states": first,
         "timestep": torch.tensor([500.0], device=DEVICE),
         "encoder_hidden_states": prompt(0),
+        "return_dict": False,
     }
     with torch.no_grad():
         run(**continued)
@@ -94,7 +95,7 @@ def test_reset_of_another_model_changes_nothing() -> None:
     model, other = tiny_wan(), tiny_wan(1)
     denoise(compiled(model), noise(0), [prompt(0)], 10, stop_after=3)
     lite_compile.reset(other)
-    assert not any(int(clock.clock[5]) for clock in layer_states(model_parameters(model)))
+    assert not any(int(state.clock[RESET]) for state in layer_states(model))
 
 
 @pytest.mark.parametrize("wrong", ["transformer", 3, tiny_pipeline])
@@ -112,7 +113,7 @@ def test_dynamic_shapes_keep_one_state_per_shape() -> None:
         result = denoise(run, latents, [prompt(number)], 3, stop_after=1)
         assert (result - plain).norm() < TOLERANCE * plain.norm()
         assert {s.density for s in lite_compile.stats(model).streams} == {1.0}
-    shapes = {state.state.shape for state in layer_states(model_parameters(model))}
+    shapes = {state.state.shape for state in layer_states(model)}
     assert len(shapes) == 3
 
 

@@ -11,7 +11,6 @@ from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import lite_compile
-from lite_compile.control import model_parameters
 from lite_compile.layer_state import layer_states
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -49,7 +48,7 @@ def test_cuda_graphs_are_captured_and_the_state_persists() -> None:
 
         generations = [denoise(call, noise(number), [prompt(number), prompt(9)], 8) for number in (0, 1)]
         results.append(generations)
-        states = sorted(layer_states(model_parameters(model)), key=lambda s: s.layer)
+        states = sorted(layer_states(model), key=lambda s: s.layer)
         masks.append([s.state.clone() for s in states])
         assert lite_compile.stats(model).density < 1
         assert {s.generations for s in lite_compile.stats(model).streams} == {2}
@@ -94,6 +93,6 @@ def test_both_half_precisions(dtype: torch.dtype) -> None:
 def test_memory_of_the_state_is_what_the_report_says() -> None:
     model = tiny_wan()
     denoise(torch.compile(model, backend="liteattention", options=options()), noise(0), [prompt(0)], 2)
-    states = list(layer_states(model_parameters(model)))
+    states = layer_states(model)
     assert {s.state_bytes for s in lite_compile.stats(model).streams} == {states[0].state.nbytes}
     assert states[0].state.device.type == "cuda"

@@ -191,14 +191,11 @@ def test_unsupported_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (decision.reason, decision.detail) == (Reason.DEVICE, "xpu has no kernel")
 
 
-def test_layers_that_share_a_weight_are_numbered() -> None:
-    class Twice(Denoiser):
-        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
-            x = super().forward(hidden_states, timestep, prompt)
-            return x + self.attn(x)
-
-    decisions = decide(capture(Twice(), *inputs()))
-    assert [d.ordinal for d in decisions if isinstance(d, Rewrite)] == [0, 1]
+def test_normed_weights_are_weights() -> None:
+    model = Denoiser()
+    for name in ("to_q", "to_k"):
+        torch.nn.utils.parametrizations.weight_norm(getattr(model.attn, name))
+    assert isinstance(only(decide(capture(model, *inputs()))), Rewrite)
 
 
 def test_equal_lengths_under_dynamic_shapes() -> None:

@@ -89,19 +89,41 @@ def test_nothing_looks_like_latents() -> None:
     assert find(Flat(), torch.arange(4), torch.ones(1)) == "no input looks like latents"
 
 
-class Controlled(nn.Module):
-    """A control network's residuals change from step to step."""
+class Guided(nn.Module):
+    """`guidance` is embedded like a timestep, which is a Python number here."""
 
     def __init__(self) -> None:
         super().__init__()
         self.inner = Denoiser()
 
-    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, controlnet_residual: Tensor) -> Tensor:
-        return self.inner(hidden_states + controlnet_residual, timestep, prompt) + prompt
+    def forward(self, hidden_states: Tensor, timestep: float, guidance: Tensor) -> Tensor:
+        return self.inner(hidden_states, guidance, hidden_states) * timestep
 
 
-def test_inputs_that_change_every_step_do_not_identify_a_stream() -> None:
-    latents, t, prompts = inputs()
-    clock = find(Controlled(), latents, t, prompts, prompts.clone())
+def test_guidance_is_not_a_timestep() -> None:
+    latents, scale, _ = inputs()
+    assert find(Guided(), latents, 3.0, scale) == "no tensor input looks like a timestep"
+
+
+class Conditioned(nn.Module):
+    """Conditioning of every kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+        self.context = torch.ones(1, 1, DIM)
+        self.register_buffer("table", torch.ones(1, 1, DIM))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, learned: Tensor, waves: Tensor, label: int) -> Tensor:
+        x = self.inner(hidden_states + learned + self.context + self.table, timestep, learned)
+        return x * waves.real * label
+
+
+def test_all_that_may_carry_a_prompt_is_conditioning() -> None:
+    latents, t, _ = inputs()
+    waves = torch.ones(1, 1, DIM, dtype=torch.complex64)
+    clock = find(Conditioned(), latents, t, nn.Parameter(torch.ones(1, 1, DIM)), waves, 3, dynamic=True)
     assert isinstance(clock, ClockInputs)
-    assert [argument_name(n) for n in clock.conditions] == ["prompt"]
+    sources = {source_name(n) for n in clock.conditions}
+    assert {"L['learned']", "L['waves']", "L['label']", "L['self'].context"} <= sources
+    assert not any("_parameters" in name or "_buffers" in name for name in sources)
