@@ -1,8 +1,8 @@
 """Where skip states and clocks live: with the model that a compiled graph is called for.
 
 A compiled graph serves many modules (parameters are graph inputs), and a module may be compiled several times, under
-other options or with other constants. State therefore belongs to one graph *and* one set of parameters: a `Binding`.
-Parameters are held weakly, so deleting the model frees its state, and so does dropping the graph.
+other options or with other constants. State therefore belongs to one set of parameters *and* one graph text: a
+`Binding`. Compiling the same text again finds the same state. Parameters are held weakly: it dies with the model.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef
+from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
 from .announce import active_generation
 from .clock import clock_words
 from .skip_state import TileShape
 
+MAX_BINDINGS = 16
+"""Graphs and models that share a first layer and for which states are kept; beyond that the oldest is dropped."""
 MAX_SHAPES = 8
 """Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
@@ -56,9 +58,12 @@ class LayerState:
 
 
 class Binding:
-    """Clock and skip states of one model under one compiled graph."""
+    """Clock and skip states of one model under one graph text."""
 
-    def __init__(self, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool) -> None:
+    def __init__(
+        self, graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool
+    ) -> None:
+        self._graph_key = graph_key
         self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
         self._versions = _versions(tensors)
         self._device = device
@@ -70,9 +75,9 @@ class Binding:
         with _registry_lock:
             _registry.add(self)
 
-    def same_tensors(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether these are the parameters and buffers that identify the model."""
-        return all(ref() is tensor for ref, tensor in zip(self._tensors, tensors, strict=True))
+    def serves(self, graph_key: str, tensors: Sequence[Tensor]) -> bool:
+        """Whether this is the graph, and these are the parameters and buffers that identify the model."""
+        return graph_key == self._graph_key and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
@@ -107,7 +112,25 @@ class Binding:
 
 
 _registry: weakref.WeakSet[Binding] = weakref.WeakSet()
-_registry_lock = threading.Lock()
+_registry_lock = threading.RLock()
+_by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def find_binding(
+    graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool
+) -> Binding:
+    """The binding of the model that `tensors` identify, under the graph of that key; made on first use."""
+    with _registry_lock:
+        candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
+        for binding in candidates:
+            if binding.serves(graph_key, tensors):
+                if binding.unchanged(tensors):
+                    return binding
+                candidates.remove(binding)
+                break
+        del candidates[: -MAX_BINDINGS + 1]
+        candidates.append(Binding(graph_key, tensors, max_streams, device, announced))
+        return candidates[-1]
 
 
 def bindings(model: nn.Module | None = None) -> list[Binding]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -10,16 +10,13 @@ from typing import Any
 
 import sympy
 import torch
-from torch import Tensor, fx
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import fx
 
-from .layer_state import Binding, LayerSpec
-from .passes.graph_inputs import fake_value, is_buffer, placeholders
+from .layer_state import LayerSpec, find_binding
+from .passes.graph_inputs import fake_value, is_buffer, placeholders, source_name
 from .passes.rewrite_attention import StateInput
 
 Size = int | torch.SymInt
-MAX_MODELS = 8
-"""Models that share their first layer and for which one graph keeps states; beyond that the oldest state is dropped."""
 
 
 class SizeResolver:
@@ -64,6 +61,16 @@ def _evaluate(size: Size, substitution: dict[sympy.Symbol, sympy.Integer]) -> in
     return size if isinstance(size, int) else int(size.node.expr.xreplace(substitution))
 
 
+def graph_key(graph: fx.Graph) -> str:
+    """Equal for graphs that compute the same: the text of the graph with its constants, and its inputs."""
+    digest = hashlib.sha256(graph.python_code("self").src.encode())
+    for node in placeholders(graph):
+        value = fake_value(node)
+        kind = (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
+        digest.update(f"{node.name} {source_name(node)} {kind}".encode())
+    return digest.hexdigest()
+
+
 @dataclass(frozen=True)
 class StateInputs:
     """What a rewritten graph expects after the inputs of the original: the clock, then one state per layer."""
@@ -82,6 +89,7 @@ class StatefulGraph:
         inputs = placeholders(graph)
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
+        self._key = graph_key(graph)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._max_streams, self._device, self._announced = state.max_streams, state.device, state.announced
         # What identifies a model: the weights of its rewritten layers, and its buffers, which may hold conditioning.
@@ -90,28 +98,14 @@ class StatefulGraph:
         self._resolver = SizeResolver(inputs)
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
         self._specs: dict[tuple[tuple[int, ...], ...], tuple[LayerSpec, ...]] = {}
-        self._bindings: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
 
     def __call__(self, *args: Any) -> Any:
-        binding = self._bind([args[index] for index in self._identity])
+        tensors = [args[index] for index in self._identity]
+        binding = find_binding(self._key, tensors, self._max_streams, self._device, self._announced)
         with binding.lock:
             binding.listen()
             states = binding.states(self._resolve(args))
             return self._compiled(*args, binding.clock, *(state.state for state in states))
-
-    def _bind(self, tensors: list[Tensor]) -> Binding:
-        with self._lock:
-            candidates: list[Binding] = self._bindings.setdefault(tensors[0], [])  # models may share their first layer
-            for binding in candidates:
-                if binding.same_tensors(tensors):
-                    if binding.unchanged(tensors):
-                        return binding
-                    candidates.remove(binding)
-                    break
-            del candidates[: -MAX_MODELS + 1]
-            candidates.append(Binding(tensors, self._max_streams, self._device, self._announced))
-            return candidates[-1]
 
     def _resolve(self, args: Sequence[Any]) -> tuple[LayerSpec, ...]:
         resolved = self._resolver.resolve(self._sizes, args)
