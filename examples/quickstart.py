@@ -1,4 +1,4 @@
-"""Wan2.1 with temporal sparse attention. Needs a CUDA GPU, and `pip install lite-compile[diffusers] imageio-ffmpeg`."""
+"""Wan2.1 with temporal sparse attention. Needs a CUDA GPU, and `pip install '.[diffusers]' imageio-ffmpeg`."""
 
 import torch
 from diffusers import WanPipeline

@@ -74,6 +74,7 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
     for place in range(1, order.shape[1]):  # several times faster than cummax
         torch.maximum(before[place - 1], visited[place - 1], out=before[place])
     negligible = (visited <= before + threshold).all(-1).T
+    negligible[:, 0] = False  # the first tile is visited before there is a maximum, even if all its scores are -inf
     marked = plan.skipped.scatter(-1, order, negligible) | plan.skipped
 
     # The place that raised a row's maximum last holds it; a row that nothing raised counts for tile 0.

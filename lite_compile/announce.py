@@ -48,9 +48,19 @@ class Generation:
 
     def attach(self, clock: Tensor) -> None:
         """Keep `clock` up to date from now on."""
-        if not any(clock is known for known in self._clocks):
+        if not self.drives(clock):
             self._clocks.append(clock)
             self._write(clock)
+
+    def drives(self, clock: Tensor) -> bool:
+        """Whether `clock` is kept up to date by this generation."""
+        return any(clock is known for known in self._clocks)
+
+    def restart(self) -> None:
+        """Start over as another generation; calls use no state until the next `step`."""
+        self._number = next(_numbers)
+        self._steps.clear()
+        self.close()
 
     def close(self) -> None:
         """The generation is over: calls after it use no state."""
@@ -93,6 +103,14 @@ def active_generation(anchor: Tensor | None = None) -> Generation | None:
     with _lock:
         covering = [g for g in _active if anchor is None or g.covers(anchor)]
         return covering[-1] if covering else None
+
+
+def restart(clock: Tensor) -> None:
+    """Restart the active generations that drive `clock`."""
+    with _lock:
+        driving = [g for g in _active if g.drives(clock)]
+    for generation in driving:
+        generation.restart()
 
 
 def push(generation: Generation) -> None:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from .announce import Generation, pop, push
+from .announce import Generation, pop, push, restart
 from .clock import RESET
 from .layer_state import bindings
 
@@ -29,6 +29,7 @@ def reset(model: nn.Module | None = None) -> None:
     with torch.inference_mode(False), torch.no_grad():
         for binding in bindings(check_model(model)):
             binding.clock[RESET].fill_(1)
+            restart(binding.clock)
 
 
 @contextmanager

@@ -161,7 +161,7 @@ def attend_reference(
                     keys = slice(t * tile.k, min((t + 1) * tile.k, k_len))
                     s = (q[b, h, rows] @ k[b, h, keys].T) * (scale * LOG2_E)
                     tile_max = s.amax(dim=1)
-                    marked[t] = bool((tile_max <= running + threshold).all())
+                    marked[t] = bool(scores) and bool((tile_max <= running + threshold).all())  # never the first one
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = torch.maximum(running, tile_max)
                     scores.append((keys, s))

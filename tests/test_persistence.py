@@ -153,6 +153,14 @@ def test_announced_generations_are_the_clock_where_there_is_none() -> None:
             generation.step()
             run(tokens[0], cos, sin)
             assert densities() == [1.0]
+            lite_compile.reset(model)
+            for seed in (3, 4):  # not announced, then announced: nothing of before is used
+                other = noise(seed, (1, 1024, 64))
+                dense = model(other, cos, sin)
+                assert (run(other, cos, sin) - dense).norm() < TOLERANCE * dense.norm()
+                if seed == 3:
+                    generation.step()
+            assert densities() == [1.0]
             with pytest.raises(ValueError, match="-1"):
                 generation.step(-1)
     assert "announced" in lite_compile.report().graphs[-1].clock

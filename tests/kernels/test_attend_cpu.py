@@ -234,6 +234,17 @@ def test_nan_stays_in_its_row_and_never_marks(place: str) -> None:
         assert torch.equal(lse.isnan(), expected.isnan().any(-1))
 
 
+def test_scores_of_minus_infinity_leave_no_row_without_a_tile() -> None:
+    torch.manual_seed(0)
+    q, k, v = torch.rand(1, 1, 128, 16) + 1, torch.full((1, 1, 256, 16), -math.inf), torch.randn(1, 1, 256, 16)
+    state = fresh_state(q, k, cpu_tile(16))
+    expected = state.clone()
+    call(q, k, v, state, now_at(), 0.25, -1.0, cpu_tile(16))
+    attend_reference(q.double(), k.double(), v.double(), expected, now_at(), 0.25, -1.0, cpu_tile(16))
+    assert not skipped_bits(state, 256, cpu_tile(16)).all(-1).any()
+    assert torch.equal(skipped_bits(state, 256, cpu_tile(16)), skipped_bits(expected, 256, cpu_tile(16)))
+
+
 def test_imposed_empty_row_yields_nan() -> None:
     q, k, v = clustered(1, 2, 64, 64, 16)
     state = fresh_state(q, k, SMALL)
