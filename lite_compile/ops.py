@@ -156,7 +156,7 @@ def attend_reference(
                 running = q.new_full((rows.stop - rows.start,), -torch.inf)
                 argmax_tile = torch.zeros(rows.stop - rows.start, dtype=torch.int64)
                 marked = skipped.clone()
-                scores = []
+                scores: list[tuple[slice, Tensor]] = []
                 for t in order.tolist():
                     keys = slice(t * tile.k, min((t + 1) * tile.k, k_len))
                     s = (q[b, h, rows] @ k[b, h, keys].T) * (scale * LOG2_E)
