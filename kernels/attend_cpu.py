@@ -99,7 +99,7 @@ def attend_cpu(
     Args:
         q: `[B, H, Sq, D]`; k: `[B, H, Sk, D]`; v: `[B, H, Sk, Dv]`: float64, float32, bfloat16 or float16, any strides.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing).
+        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing), generation.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for.

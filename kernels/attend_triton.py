@@ -262,7 +262,7 @@ def attend_triton(
         q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
             stride other than 1 costs a copy.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing).
+        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing), generation.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for, from `triton_tile`.
