@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
+from lite_compile.kernels.attend_cpu import CPU_TILE, attend_cpu
 from lite_compile.skip_state import EPOCH_WORD, TileShape, pack_bits, row_layout, state_shape, tile_count
 
 MARKS_NOTHING = -1e4
@@ -82,7 +82,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    tile = cpu_tile(args.head_dim)
+    tile = CPU_TILE
     now = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
     print(f"{cpu_name()}, torch {torch.__version__}, {torch.get_num_threads()} threads")
     print(f"B={args.batch} H={args.heads} S={args.length} D={args.head_dim}, tile {tile.q}x{tile.k}")

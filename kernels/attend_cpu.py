@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..ops import first_tile
 from ..skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -27,10 +28,8 @@ from ..skip_state import (
     unpack_bits,
 )
 
-
-def cpu_tile(head_dim: int) -> TileShape:
-    """Tile size for the CPU: the GEMMs lose a third of their speed at 64 query rows, and gain little above 128."""
-    return TileShape(128, 64)
+CPU_TILE = TileShape(128, 64)
+"""Tile size on the CPU: the GEMMs lose a third of their speed at 64 query rows, and gain little above 128."""
 
 
 class Plan(NamedTuple):
@@ -99,7 +98,8 @@ def attend_cpu(
     Args:
         q: `[B, H, Sq, D]`; k: `[B, H, Sk, D]`; v: `[B, H, Sk, Dv]`: float64, float32, bfloat16 or float16, any strides.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing), generation.
+        now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
+            generation.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for.
@@ -111,17 +111,16 @@ def attend_cpu(
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     layout = row_layout(k_tiles)
     epoch, _, slot = now.tolist()[:3]
-    rows = state[slot] if slot >= 0 else state.new_zeros(batch, heads, q_tiles, layout.words)
-    # The diagonal: `ops.first_tile` of every tile of queries.
-    first = (torch.arange(q_tiles) * tile.q * k_len // q_len) // tile.k
-    plan = plan_visits(rows, epoch, layout, first, k_tiles)
+    recording = 0 <= slot < state.shape[0]
+    rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
+    plan = plan_visits(rows, epoch, layout, first_tile(torch.arange(q_tiles), q_len, k_len, tile), k_tiles)
 
     def attend_run(b: int, h: int, tiles: range) -> None:
         inside = slice(tiles.start * tile.q, min(tiles.stop * tile.q, q_len))
         run = Plan(*(field[b, h, tiles.start : tiles.stop] for field in plan))
         logs = None if lse is None else lse[b, h, inside]
         maxima = attend_tiles(q[b, h, inside], k[b, h], v[b, h], run, scale, tile, out[b, h, inside], logs)
-        if slot >= 0:
+        if recording:
             record_tiles(rows[b, h, tiles.start : tiles.stop], maxima, run, epoch, layout, threshold * math.log(2))
 
     # Several runs per thread even out their different densities.
@@ -163,8 +162,6 @@ def attend_tiles(
     query_tiles, weighted_tiles, log_tiles = (torch.split(x, tile.q) for x in (queries, weighted, logs))
     for i, (kept, n) in enumerate(zip(kept_tiles, counts, strict=True)):
         if n == 0:  # only a hand-made state asks for an empty softmax
-            weighted_tiles[i].fill_(math.nan)
-            log_tiles[i].fill_(math.nan)
             continue
         height, width = query_tiles[i].shape[0], n * tile.k
         start, stop = int(kept[0]), int(kept[-1]) + 1
@@ -183,6 +180,9 @@ def attend_tiles(
         if lse is not None:  # the largest weight of a row is exp(0) / sum
             torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=log_tiles[i])
         torch.mm(scores, tile_values.view(width, v_dim), out=weighted_tiles[i])
+    empty = (maxima.amax(-1) == -math.inf).flatten()[:q_len]
+    if empty.any():
+        weighted[empty], logs[empty] = 0.0, -math.inf
     out.copy_(weighted)
     if lse is not None:
         lse.copy_(logs)

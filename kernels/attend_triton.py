@@ -144,13 +144,23 @@ time: the kernel mutates its state, and the tile size is the granularity of the 
 
 
 @triton.jit(
-    do_not_specialize=["heads", "q_len", "k_len", "q_tiles", "k_tiles", "row_words", "anchor_words", "anchor_group"]
+    do_not_specialize=[
+        "streams",
+        "heads",
+        "q_len",
+        "k_len",
+        "q_tiles",
+        "k_tiles",
+        "row_words",
+        "anchor_words",
+        "anchor_group",
+    ]
 )
 def _attend_kernel(
     q, k, v, out, lse, state, now, scratch,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s,
-    heads, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
+    streams, heads, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
     qk_scale, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_LSE: tl.constexpr,
@@ -169,8 +179,8 @@ def _attend_kernel(
 
     epoch = tl.load(now + _NOW_EPOCH)
     slot = tl.load(now + _NOW_SLOT)
-    recording = slot >= 0
-    row = state + (tl.maximum(slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
+    recording = (slot >= 0) & (slot < streams)
+    row = state + (tl.where(recording, slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
     written_by = tl.load(row + _EPOCH, mask=recording, other=0)
     recorded = tl.where(recording & (written_by == epoch), k_tiles, 0)
     order = scratch + program.to(tl.int64) * 2 * k_tiles
@@ -211,8 +221,10 @@ def _attend_kernel(
         needed |= tl.where(tile_max <= running + threshold, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
-        weights = tl.exp2(scores * qk_scale - raised[:, None])
-        decay = tl.exp2(running - raised)
+        # A row that has met nothing but -inf has no maximum to subtract.
+        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        weights = tl.exp2(scores * qk_scale - shift[:, None])
+        decay = tl.exp2(running - shift)
         running = raised
         total = total * decay + tl.sum(weights, 1)
         v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
@@ -262,7 +274,8 @@ def attend_triton(
         q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
             stride other than 1 costs a copy.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (-1: compute everything, use and record nothing), generation.
+        now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
+            generation.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for, from `triton_tile`.
@@ -285,7 +298,8 @@ def attend_triton(
         _attend_kernel[(programs,)](
             q, k, v, out, lse, state, now, scratch,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            heads, q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
+            state.shape[0], heads, q_len, k_len, q_tiles, k_tiles,
+            layout.words, layout.anchor_words, layout.anchor_group,
             scale * LOG2_E, threshold,
             HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE_Q=tile.q, TILE_K=tile.k,
             EVEN_K=k_len % tile.k == 0, HAS_LSE=lse is not None,

@@ -23,9 +23,9 @@ class Kernel:
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | str:
     """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none."""
     if device.type == "cpu":
-        from .attend_cpu import cpu_tile
+        from .attend_cpu import CPU_TILE
 
-        return Kernel("cpu", cpu_tile(head_dim))
+        return Kernel("cpu", CPU_TILE)
     if device.type != "cuda":
         return f"{device.type} has no kernel; cpu and cuda do"
     if torch.version.hip is not None:

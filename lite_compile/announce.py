@@ -79,7 +79,7 @@ def clock_header(number: int, stream: int | None, steps: dict[int, int]) -> list
     header = [0] * (ANNOUNCED + 1)
     header[GENERATION] = number
     header[STEP] = steps.get(stream, 0) if stream is not None else 0
-    header[ANNOUNCED] = 0 if stream is None else stream + 1
+    header[ANNOUNCED] = 0 if stream is None else min(stream, 2**30) + 1  # such a stream has no slot, hence no state
     return header
 
 

@@ -5,6 +5,8 @@ Kernels are imported when a tensor of their device arrives, so importing this fi
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,9 @@ from .skip_state import (
 NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION = range(4)
 NOW_WORDS = 4
 LOG2_E = 1.4426950408889634
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+
+Index = TypeVar("Index", int, Tensor)
 
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
@@ -42,22 +47,46 @@ def allocate_outputs(q: Tensor, v: Tensor, heads_last: bool, return_lse: bool) -
     return out, lse
 
 
-def _check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, tile: TileShape) -> None:
-    """Kernels index memory by these shapes, so a wrong one has to end here."""
+def _check(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int
+) -> TileShape:
+    """Kernels index memory by these shapes, so a wrong one has to end here. Returns the tile size."""
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k)
+    tile = TileShape(tile_q, tile_k)
     if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
         raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if q.dim() != 4 or k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"{shapes}; allowed: [B, H, Sq, D] and twice [B, H, Sk, D]")
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{shapes}; allowed: no empty dimension")
-    if not (q.dtype == k.dtype == v.dtype and q.device == k.device == v.device == state.device == now.device):
-        raise ValueError("q, k and v have to agree in dtype, and all tensors in device")
     expected = state_shape(state.shape[0], q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
-    if state.dtype != torch.int32 or tuple(state.shape) != expected or not state.is_contiguous():
+    if tuple(state.shape) != expected or not state.is_contiguous():
         raise ValueError(f"state is {state.dtype} {tuple(state.shape)}; allowed: contiguous int32 {expected}")
-    if now.dtype != torch.int32 or now.shape != (NOW_WORDS,) or not now.is_contiguous():
+    if now.shape != (NOW_WORDS,) or not now.is_contiguous():
         raise ValueError(f"now is {now.dtype} {tuple(now.shape)}; allowed: contiguous int32 ({NOW_WORDS},)")
+    return tile
+
+
+def _check_kinds(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int
+) -> None:
+    """What can be said while tracing, when sizes may be symbols."""
+    if not (q.dim() == k.dim() == v.dim() == 4 and state.dim() == 5 and now.dim() == 1):
+        ranks = ", ".join(
+            f"{name} {x.dim()}" for name, x in zip(("q", "k", "v", "state", "now"), (q, k, v, state, now), strict=True)
+        )
+        raise ValueError(f"dimensions: {ranks}; allowed: 4, 4, 4, 5, 1")
+    if q.dtype not in DTYPES or not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"q {q.dtype}, k {k.dtype}, v {v.dtype}; allowed: the same one of {DTYPES}")
+    if not state.dtype == now.dtype == torch.int32:
+        raise ValueError(f"state {state.dtype}, now {now.dtype}; allowed: int32")
+    if not q.device == k.device == v.device == state.device == now.device:
+        raise ValueError("q, k, v, state and now have to agree in device")
+    if not threshold <= 0:
+        raise ValueError(f"threshold is {threshold}; allowed: a number <= 0")
+    if tile_q <= 0 or tile_k <= 0:
+        raise ValueError(f"tile is {tile_q} x {tile_k}; allowed: positive sizes")
 
 
 @torch.library.register_fake("lite_compile::attend", lib=_library)
@@ -65,6 +94,7 @@ def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k)
     return allocate_outputs(q, v, heads_last, return_lse)
 
 
@@ -75,8 +105,7 @@ def _attend_cpu(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_cpu import attend_cpu
 
-    tile = TileShape(tile_q, tile_k)
-    _check(q, k, v, state, now, tile)
+    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
     return out, lse
@@ -89,8 +118,7 @@ def _attend_cuda(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_triton import attend_triton
 
-    tile = TileShape(tile_q, tile_k)
-    _check(q, k, v, state, now, tile)
+    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend_triton(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
     return out, lse
@@ -108,8 +136,8 @@ def visit_order(k_tiles: int, first: int, anchors: Tensor, skipped: Tensor) -> T
     return torch.cat([ring[anchors[ring]], ring[~anchors[ring]]])
 
 
-def first_tile(q_tile: int, q_len: int, k_len: int, tile: TileShape) -> int:
-    """Key tile on the diagonal of query tile `q_tile`: the one that faces its first row."""
+def first_tile(q_tile: Index, q_len: int, k_len: int, tile: TileShape) -> Index:
+    """Key tile on the diagonal of query tile `q_tile` (one, or a tensor of them): the one that faces its first row."""
     return (q_tile * tile.q * k_len // q_len) // tile.k
 
 
@@ -122,17 +150,19 @@ def attend_reference(
         q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
         now: int32 `[NOW_WORDS]`: epoch (one per generation and guidance stream), step, slot of the stream, generation.
-            A slot of -1 means that no state may be used: everything is computed and nothing is recorded.
+            A slot that `state` does not have (-1) means that none may be used: everything is computed and nothing is
+            recorded.
         scale: softmax scale.
         threshold: log2 units, <= 0; `-inf` never marks.
         tile: tile size the state was made for.
 
     Returns:
-        `(out, lse)`: `[B, H, Sq, D]` and the natural-log sum of exponentials `[B, H, Sq]`.
+        `(out, lse)`: `[B, H, Sq, D]` and the natural-log sum of exponentials `[B, H, Sq]`. Rows with no key to attend
+        to (all skipped, or all scores -inf) are 0 and -inf.
 
     A tile is marked when the maximum of each of its rows is at least `-threshold` below the running maximum which the
     row held before this tile (LiteAttention, arXiv 2511.11062: QK-skip). Marked tiles are skipped from the next call of
-    the same stream and generation on.
+    the same stream and generation on. Where scores are NaN, a kernel may mark fewer tiles than are marked here.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
@@ -145,8 +175,8 @@ def attend_reference(
         for h in range(heads):
             for i in range(tile_count(q_len, tile.q)):
                 rows = slice(i * tile.q, min((i + 1) * tile.q, q_len))
-                skipped = anchors = torch.zeros(k_tiles, dtype=torch.bool)
-                row = state[slot, b, h, i] if slot >= 0 else None
+                skipped, anchors = torch.zeros(2, k_tiles, dtype=torch.bool)
+                row = state[slot, b, h, i] if 0 <= slot < state.shape[0] else None
                 if row is not None and int(row[EPOCH_WORD]) == epoch:
                     anchor_bits = unpack_bits(row[layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
                     anchors = anchor_bits[groups]
@@ -165,10 +195,13 @@ def attend_reference(
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = torch.maximum(running, tile_max)
                     scores.append((keys, s))
-                weights = [(keys, torch.exp2(s - running[:, None])) for keys, s in scores]
-                total = torch.stack([w.sum(1) for _, w in weights]).sum(0)
-                weighted = torch.stack([w @ v[b, h, keys] for keys, w in weights]).sum(0)
-                out[b, h, rows] = weighted / total[:, None]
+                shift = torch.where(running == -torch.inf, 0.0, running)
+                total, weighted = torch.zeros_like(running), torch.zeros_like(q[b, h, rows])
+                for keys, s in scores:
+                    weights = torch.exp2(s - shift[:, None])
+                    total += weights.sum(1)
+                    weighted += weights @ v[b, h, keys]
+                out[b, h, rows] = weighted / torch.where(total == 0, 1.0, total)[:, None]
                 lse[b, h, rows] = (running + torch.log2(total)) / LOG2_E
 
                 if row is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,23 +47,34 @@ class AttentionSite:
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     """All attention sites of `gm` in execution order. The graph is not changed."""
+    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _SDPA_TARGETS]
     sites: list[AttentionSite] = []
-    for node in gm.graph.nodes:
-        if node.op == "call_function" and node.target in _SDPA_TARGETS:
-            bound = _SIGNATURE.bind(*node.args, **node.kwargs)
-            bound.apply_defaults()
-            q, k, v, *rest = bound.arguments.values()
-            sites.append(AttentionSite(node, layer_name(node, f"attention_{len(sites)}"), q, k, v, *rest))
+    for node, layer in zip(nodes, layer_names(nodes), strict=True):
+        bound = _SIGNATURE.bind(*node.args, **node.kwargs)
+        bound.apply_defaults()
+        q, k, v, *rest = bound.arguments.values()
+        sites.append(AttentionSite(node, layer, q, k, v, *rest))
     return sites
 
 
-def layer_name(node: fx.Node, default: str) -> str:
-    """Qualified name of the module that `node` was traced in, such as `blocks.0.attn1`."""
+def layer_names(nodes: Sequence[fx.Node]) -> list[str]:
+    """Qualified name of the module that each of `nodes` was traced in, such as `blocks.0.attn1`.
+
+    Names are relative to the root that they share, whatever variable holds it (`self` as a rule). Where a function that
+    calls several models was compiled, they begin with that variable.
+    """
+    paths = [_module_path(node) for node in nodes]
+    roots = {path[:1] for path in paths if path}
+    names = [".".join(path[1:] if len(roots) == 1 else path) for path in paths]
+    return [name or f"attention_{number}" for number, name in enumerate(names)]
+
+
+def _module_path(node: fx.Node) -> tuple[str, ...]:
+    """Root variable and attribute names of the innermost module that `node` was traced in."""
     stack = node.meta.get("nn_module_stack")
     if not stack:
-        return default
+        return ()
     path = str(list(stack.values())[-1][0])
     path = re.sub(r"\.__dict__\['_modules'\]|\._modules\b", "", path)
     path = re.sub(r"\['([^']+)'\]|\[(\d+)\]", lambda match: f".{match.group(1) or match.group(2)}", path)
-    path = re.sub(r"^L\.(self\.?|)", "", path)
-    return path.removeprefix("_orig_mod.").strip(".") or default
+    return tuple(part for part in re.sub(r"^[LG]\.", "", path).split(".") if part and part != "_orig_mod")

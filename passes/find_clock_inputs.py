@@ -80,8 +80,11 @@ def _inside_of_a_module() -> bool:
     """Whether the code being compiled was called by the `forward` of a module: it is a part of a model."""
     frame = inspect.currentframe()
     while frame is not None:
-        if frame.f_code.co_name == "forward" and isinstance(frame.f_locals.get("self"), torch.nn.Module):
-            return True
+        code = frame.f_code
+        if code.co_name == "forward" and code.co_argcount > 0:
+            receiver = frame.f_locals.get(code.co_varnames[0])
+            if isinstance(receiver, torch.nn.Module):
+                return True
         frame = frame.f_back
     return False
 

@@ -52,7 +52,16 @@ def is_static(node: object) -> bool:
         "tensor_dict", {}
     ):
         return True
-    return source_name(node).startswith("L['self']")
+    return _source_of_a_module(node)
+
+
+def _source_of_a_module(node: fx.Node) -> bool:
+    """Whether an input came from an attribute of a module, whatever variable holds the module."""
+    source = getattr(node, "_dynamo_source", None)
+    if source is None:
+        return False
+    guard = source.guard_source
+    return "NN_MODULE" in (guard() if callable(guard) else guard).name
 
 
 def is_parameter(node: fx.Node) -> bool:

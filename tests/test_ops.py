@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
 
@@ -69,7 +71,9 @@ def test_gradients_are_refused() -> None:
         ("v", lambda v: v[:, :, :50]),
         ("v", lambda v: v.half()),
         ("q", lambda q: q[:0]),
+        ("q", lambda q: q.long()),
         ("state", lambda state: state[:, :1]),
+        ("state", lambda state: state[0]),
         ("state", lambda state: state.long()),
         ("state", lambda state: state.transpose(0, 1).contiguous().transpose(0, 1)),
         ("now", lambda now: now[:3]),
@@ -85,6 +89,23 @@ def test_wrong_shapes_and_dtypes_raise_before_anything_is_touched(
     with pytest.raises(ValueError, match=r"allowed|agree"):
         torch.ops.lite_compile.attend(*given.values(), 0.25, -1.0, TILE.q, TILE.k)
     assert not state.any()
+
+
+@pytest.mark.parametrize(
+    ("threshold", "tile", "named"),
+    [(0.5, TILE, "threshold"), (float("nan"), TILE, "threshold"), (-1.0, (0, 32), "tile"), (-1.0, (64, -32), "tile")],
+)
+def test_wrong_numbers_raise(threshold: float, tile: tuple[int, int], named: str) -> None:
+    for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with context, pytest.raises(ValueError, match=rf"{named} is .*allowed"):
+            torch.ops.lite_compile.attend(*arguments(), 0.25, threshold, *tile)
+
+
+def test_wrong_kinds_raise_while_tracing() -> None:
+    q, k, v, state, now = arguments()
+    for wrong in ((q.long(), k, v, state, now), (q, k, v, state[0], now), (q, k, v, state, now.long())):
+        with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="allowed"):
+            torch.ops.lite_compile.attend(*wrong, 0.25, -1.0, *TILE)
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100])

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lite_compile.kernels.attend_cpu import attend_cpu, cpu_tile
+from lite_compile.kernels.attend_cpu import CPU_TILE, attend_cpu
 from lite_compile.ops import LOG2_E, attend_reference
 from lite_compile.skip_state import (
     COMPUTED_WORD,
@@ -41,8 +41,8 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def now_at(generation: int = 1, slot: int = 0) -> Tensor:
-    return torch.tensor([generation, 0, slot, 0], dtype=torch.int32)
+def now_at(epoch: int = 1, slot: int = 0) -> Tensor:
+    return torch.tensor([epoch, 0, slot, 0], dtype=torch.int32)
 
 
 def fresh_state(q: Tensor, k: Tensor, tile: TileShape, streams: int = 1) -> Tensor:
@@ -159,7 +159,7 @@ def test_dense_is_as_accurate_as_sdpa(dtype: torch.dtype, slot: int, threads: in
     torch.manual_seed(0)
     q = torch.randn(1, 4, shape[0], 64).to(dtype)
     k, v = (torch.randn(1, 4, shape[1], 64).to(dtype) for _ in range(2))
-    tile = cpu_tile(64)
+    tile = CPU_TILE
     out, lse = call(q, k, v, fresh_state(q, k, tile), now_at(slot=slot), 0.125, -10.0, tile)
     scores = q.double() @ k.double().mT * 0.125
     expected = torch.softmax(scores, -1) @ v.double()
@@ -237,15 +237,15 @@ def test_nan_stays_in_its_row_and_never_marks(place: str) -> None:
 def test_scores_of_minus_infinity_leave_no_row_without_a_tile() -> None:
     torch.manual_seed(0)
     q, k, v = torch.rand(1, 1, 128, 16) + 1, torch.full((1, 1, 256, 16), -math.inf), torch.randn(1, 1, 256, 16)
-    state = fresh_state(q, k, cpu_tile(16))
+    state = fresh_state(q, k, CPU_TILE)
     expected = state.clone()
-    call(q, k, v, state, now_at(), 0.25, -1.0, cpu_tile(16))
-    attend_reference(q.double(), k.double(), v.double(), expected, now_at(), 0.25, -1.0, cpu_tile(16))
-    assert not skipped_bits(state, 256, cpu_tile(16)).all(-1).any()
-    assert torch.equal(skipped_bits(state, 256, cpu_tile(16)), skipped_bits(expected, 256, cpu_tile(16)))
+    call(q, k, v, state, now_at(), 0.25, -1.0, CPU_TILE)
+    attend_reference(q.double(), k.double(), v.double(), expected, now_at(), 0.25, -1.0, CPU_TILE)
+    assert not skipped_bits(state, 256, CPU_TILE).all(-1).any()
+    assert torch.equal(skipped_bits(state, 256, CPU_TILE), skipped_bits(expected, 256, CPU_TILE))
 
 
-def test_imposed_empty_row_yields_nan() -> None:
+def test_imposed_empty_rows_are_zero() -> None:
     q, k, v = clustered(1, 2, 64, 64, 16)
     state = fresh_state(q, k, SMALL)
     layout = row_layout(4)
@@ -253,15 +253,46 @@ def test_imposed_empty_row_yields_nan() -> None:
     every_tile = pack_bits(torch.ones(4, dtype=torch.bool), layout.mask_words)
     state[0, 0, 0, 0, layout.mask_start :] = every_tile
     state[0, 0, 1, :, layout.mask_start :] = every_tile
+    expected_state = state.clone()
     out, lse = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL)
+    doubles = [x.double() for x in (q, k, v)]
+    expected, expected_lse = attend_reference(*doubles, expected_state, now_at(), 0.25, -8.0, SMALL)
     empty = torch.tensor([[True, False], [True, True]]).repeat_interleave(32, 1)[None]
-    assert torch.equal(lse.isnan(), empty)
-    assert torch.equal(out.isnan(), empty[..., None].expand_as(out))
+    for rows, logs in ((out, lse), (expected, expected_lse)):
+        assert torch.equal(logs == -math.inf, empty)
+        assert torch.equal((rows == 0).all(-1), empty)
+    assert torch.equal(state, expected_state)
+
+
+def test_rows_of_minus_infinity_are_zero_and_nan_stays_nan() -> None:
+    q, k, v = clustered(1, 1, 40, 64, 16)
+    q[0, 0, 3], q[0, 0, 35] = 0.0, math.nan
+    q[0, 0, 3, 0] = -math.inf
+    k[..., 0] = 1.0
+    state = fresh_state(q, k, SMALL)
+    out, lse = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL)
+    assert not out[0, 0, 3].any()
+    assert lse[0, 0, 3] == -math.inf
+    assert out[0, 0, 35].isnan().all()
+    assert torch.isfinite(out[0, 0, [*range(3), *range(4, 35)]]).all()
+
+
+@pytest.mark.parametrize("slot", [-1, 1, 7])
+def test_a_slot_that_the_state_lacks_uses_none(slot: int) -> None:
+    q, k, v = clustered(1, 2, 64, 64, 16)
+    state = fresh_state(q, k, SMALL)
+    call(q, k, v, state, now_at(), 0.25, -1.0, SMALL)
+    before = state.clone()
+    assert skipped_bits(state, 64, SMALL).any()
+    dense, _ = call(q, k, v, fresh_state(q, k, SMALL), now_at(), 0.25, -1.0, SMALL)
+    out, _ = call(q, k, v, state, now_at(slot=slot), 0.25, -1.0, SMALL)
+    assert torch.equal(out, dense)
+    assert torch.equal(state, before)
 
 
 def test_lse_is_optional_and_runs_repeat_bit_for_bit() -> None:
     q, k, v = (x.bfloat16() for x in clustered(1, 2, 256, 256, 64))
-    tile = cpu_tile(64)
+    tile = CPU_TILE
     outs = []
     for _ in range(2):
         state, out = fresh_state(q, k, tile), torch.full_like(q, math.nan)
@@ -289,7 +320,7 @@ def layout_scattered(tiles: Tensor, k_tiles: int) -> Tensor:
 def test_finds_what_an_oracle_finds(layout: str) -> None:
     torch.manual_seed(1)
     length, dim = 2048, 64
-    tile = cpu_tile(dim)
+    tile = CPU_TILE
     k_tiles = length // tile.k
     tiles = torch.arange(length) // tile.k
     if layout == "band":

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from graphs import Denoiser, capture, inputs
 
-from lite_compile.passes.find_attention import find_attention, layer_name
+from lite_compile.passes.find_attention import find_attention, layer_names
 
 CALLS = {
     "positional": lambda q, k, v: F.scaled_dot_product_attention(q, k, v),
@@ -46,16 +46,31 @@ def test_other_attention_is_not_a_site() -> None:
     assert find_attention(gm) == []
 
 
+def node_in(path: str | None) -> torch.fx.Node:
+    node = torch.fx.Graph().placeholder("x")
+    if path is not None:
+        node.meta["nn_module_stack"] = {"0": ("L['self']", object), "1": (path, object)}
+    return node
+
+
 @pytest.mark.parametrize(
     ("path", "name"),
     [
         ("L['self'].__dict__['_modules']['blocks'].0.attn1", "blocks.0.attn1"),
         ("L['self']._modules['blocks']._modules['0']._modules['attn1']", "blocks.0.attn1"),
         ("L['self'].blocks[3].attn", "blocks.3.attn"),
-        ("L['self']", "fallback"),
+        ("L['self']._orig_mod.blocks.0", "blocks.0"),
+        ("L['this'].blocks.0", "blocks.0"),
+        ("L['selfish'].blocks.0", "blocks.0"),
+        ("G['model'].blocks.0", "blocks.0"),
+        ("L['self']", "attention_0"),
+        (None, "attention_0"),
     ],
 )
-def test_layer_names(path: str, name: str) -> None:
-    node = torch.fx.Graph().placeholder("x")
-    node.meta["nn_module_stack"] = {"0": ("L['self']", object), "1": (path, object)}
-    assert layer_name(node, "fallback") == name
+def test_layer_names(path: str | None, name: str) -> None:
+    assert layer_names([node_in(path)]) == [name]
+
+
+def test_layers_of_two_models_keep_apart() -> None:
+    nodes = [node_in(path) for path in ("L['low'].blocks.0", "L['high'].blocks.0", None)]
+    assert layer_names(nodes) == ["low.blocks.0", "high.blocks.0", "attention_2"]

@@ -11,6 +11,8 @@ from collections.abc import Iterable
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_compile.kernels.attend_triton import attend_triton
@@ -21,8 +23,8 @@ TILE = TileShape(32, 16)
 THRESHOLD = -6.0
 
 
-def make_now(generation: int = 7, slot: int = 0) -> Tensor:
-    return torch.tensor([generation, 0, slot, 0], dtype=torch.int32)
+def make_now(epoch: int = 7, slot: int = 0) -> Tensor:
+    return torch.tensor([epoch, 0, slot, 0], dtype=torch.int32)
 
 
 def make_qkv(
@@ -152,6 +154,87 @@ def test_nan_never_marks() -> None:
     attend_triton(q, k, v, state, make_now(), 0.2, 0.0, TILE, out)
     assert out[0, 0, 3].isnan().all()
     assert not unpack_bits(state[..., row_layout(6).mask_start :], 6).any()
+
+
+def test_nan_keys_mark_no_more_than_the_reference() -> None:
+    q, k, v = make_qkv(1, 1, 64, 700, 32)
+    k[0, 0, 640] = math.nan
+    state = torch.zeros(state_shape(1, 1, 1, 64, 700, TILE), dtype=torch.int32)
+    expected = state.clone()
+    attend_triton(q, k, v, state, make_now(), 0.2, THRESHOLD, TILE, torch.empty_like(q))
+    attend_reference(q.double(), k.double(), v.double(), expected, make_now(), 0.2, THRESHOLD, TILE)
+    ours, theirs = (unpack_bits(x[..., row_layout(44).mask_start :], 44) for x in (state, expected))
+    assert theirs.any()
+    assert not (ours & ~theirs).any()
+
+
+def test_rows_and_tiles_of_minus_infinity() -> None:
+    q, k, v = make_qkv(1, 1, 32, 96, 32)
+    k[..., 0] = 1.0
+    k[0, 0, :16] = 0.0
+    k[0, 0, :16, 0] = -math.inf  # the tile that is visited first
+    q[..., 0] = 1.0
+    pair = Pair(q, k, v)
+    run(pair, [make_now()] * 2)
+    q[0, 0, 5] = 0.0
+    q[0, 0, 5, 0] = -math.inf
+    k[0, 0, :16, 0] = 1.0
+    out, lse = torch.empty_like(q), torch.empty(1, 1, 32)
+    attend_triton(q, k, v, pair.state, make_now(slot=-1), 0.2, THRESHOLD, TILE, out, lse)
+    assert not out[0, 0, 5].any()
+    assert lse[0, 0, 5] == -math.inf
+    assert torch.isfinite(out).all()
+
+
+def test_imposed_empty_row_is_zero() -> None:
+    q, k, v = make_qkv(1, 2, 32, 96, 32)
+    pair = Pair(q, k, v)
+    for state in (pair.state, pair.expected_state):
+        state[..., 0] = 7
+        state[0, 0, 1, 0, row_layout(6).mask_start :] = 63
+    out, lse = torch.empty_like(q), torch.empty(1, 2, 32)
+    attend_triton(q, k, v, pair.state, make_now(), 0.2, THRESHOLD, TILE, out, lse)
+    doubles = [x.double() for x in (q, k, v)]
+    expected, expected_lse = attend_reference(*doubles, pair.expected_state, make_now(), 0.2, THRESHOLD, TILE)
+    assert not out[0, 1].any()
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
+    assert torch.equal(pair.state, pair.expected_state)
+
+
+@pytest.mark.parametrize("slot", [-1, 2, 9])
+def test_a_slot_that_the_state_lacks_uses_none(slot: int) -> None:
+    pair = Pair(*make_qkv(1, 2, 64, 96, 32), streams=2)
+    run(pair, [make_now()] * 2)
+    before = pair.state.clone()
+    pair.call(make_now(slot=slot))
+    assert torch.equal(pair.state, before)
+
+
+@settings(max_examples=15, deadline=None, derandomize=True)
+@given(
+    batch=st.integers(1, 2), heads=st.integers(1, 2), q_len=st.integers(1, 90), k_len=st.integers(1, 90),
+    dim=st.sampled_from([16, 24, 40, 64]), dtype=st.sampled_from([torch.float16, torch.float32]),
+    tile=st.sampled_from([TileShape(16, 16), TILE, TileShape(64, 32)]),
+    strided=st.tuples(st.booleans(), st.booleans(), st.booleans()),
+    scale=st.sampled_from([-0.5, 0.0, 0.125, 0.25, 1.0]), below=st.sampled_from([math.inf, 12, 3, 0]),
+    seed=st.integers(0, 9),
+)  # fmt: skip
+def test_any_shape_dtype_stride_and_scale(
+    batch: int, heads: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
+    strided: tuple[bool, bool, bool], scale: float, below: float, seed: int,
+) -> None:  # fmt: skip
+    """Small integers and scales that are powers of two: scores are exact, so states agree word for word.
+
+    The threshold lies half way between `below` and the next possible difference of two scores.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tensors = []
+    for length, is_strided in zip((q_len, k_len, k_len), strided, strict=True):
+        x = torch.randint(-2, 3, (batch, heads, length, dim), generator=generator).to(dtype)
+        tensors.append(x.transpose(1, 2).contiguous().transpose(1, 2) if is_strided else x)
+    threshold = -(below + 0.5) * abs(scale) * LOG2_E if scale else -below
+    run(Pair(*tensors, tile=tile), [make_now()] * 2, scale=scale, threshold=threshold)
 
 
 def test_without_lse() -> None:
