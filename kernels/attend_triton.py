@@ -21,8 +21,6 @@ from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS, TileShape, row
 _EPOCH, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (EPOCH_WORD, COMPUTED_WORD, HEADER_WORDS))
 _NOW_EPOCH, _NOW_SLOT = tl.constexpr(NOW_EPOCH), tl.constexpr(NOW_SLOT)
 _LN_2 = tl.constexpr(math.log(2))
-_LOWEST = tl.constexpr(torch.finfo(torch.float32).min)
-"""Maximum of a row that has met nothing yet: finite, so that subtracting it from -inf is no NaN."""
 _BLOCK = tl.constexpr(512)
 """Tiles whose state bits are handled at once."""
 
@@ -204,7 +202,7 @@ def _attend_kernel(
     v_offsets = k_row[:, None] * v_stride_s + dim[None, :]
     q_block = _load_rows(q + q_row[:, None] * q_stride_s + dim[None, :], row_live, dim_inside, False, ALL_DIMS)
 
-    running = tl.full([TILE_Q], _LOWEST, tl.float32)
+    running = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
     weighted = tl.zeros([TILE_Q, BLOCK_D], tl.float32)
     argmax_tile = tl.zeros([TILE_Q], tl.int32)
@@ -223,8 +221,10 @@ def _attend_kernel(
         needed |= tl.where(tile_max <= running + threshold, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
-        weights = tl.exp2(scores * qk_scale - raised[:, None])
-        decay = tl.exp2(running - raised)
+        # A row that has met nothing but -inf has no maximum to subtract.
+        shift = tl.where(raised == float("-inf"), 0.0, raised)
+        weights = tl.exp2(scores * qk_scale - shift[:, None])
+        decay = tl.exp2(running - shift)
         running = raised
         total = total * decay + tl.sum(weights, 1)
         v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
