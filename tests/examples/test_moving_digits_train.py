@@ -1,0 +1,147 @@
+"""Training, generating and evaluating on a model of two layers and videos of 80 tokens."""
+
+from __future__ import annotations
+
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from moving_digits import evaluate, generate, train
+from moving_digits.data import DIRECTIONS, Actor, parse_prompt
+from moving_digits.pipeline import SETTINGS, load_pipeline, read_metadata
+
+TINY = replace(SETTINGS["small"], frames=5, side=16, layers=2)
+RECIPE = train.Recipe(steps=4, batch=2, warmup=1)
+
+
+@pytest.fixture(autouse=True)
+def tiny_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SETTINGS, "small", TINY)
+
+
+def new_training(seed: int = 0) -> train.Training:
+    return train.Training(TINY, RECIPE, seed, torch.device("cpu"), None)
+
+
+def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    straight = new_training()
+    for _ in range(RECIPE.steps):
+        straight.train_step()
+    first = new_training()
+    first.train_step()
+    first.train_step()
+    torch.save(first.state(), tmp_path / "checkpoint.pt")
+    second = new_training()
+    second.load_state(torch.load(tmp_path / "checkpoint.pt", weights_only=False))
+    for _ in train.remaining_steps(second, 0.0, math.inf):
+        second.train_step()
+    assert second.step == straight.step == RECIPE.steps
+    for ours, expected in zip(second.model.parameters(), straight.model.parameters(), strict=True):
+        assert torch.equal(ours, expected)
+    assert all(map(torch.equal, second.ema, straight.ema))
+
+
+def test_a_checkpoint_of_another_recipe_is_refused() -> None:
+    with pytest.raises(SystemExit, match="another --output"):
+        new_training(seed=1).load_state(new_training().state())
+
+
+def test_command_writes_weights_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "3", "--batch", "2", "--device", "cpu", "--output", str(tmp_path)]
+    train.main(arguments)
+    train.main(arguments)  # nothing is left to do
+    assert "step 3 of 3" in capsys.readouterr().out
+    weights = tmp_path / "small.safetensors"
+    assert read_metadata(weights)["steps"] == "3"
+    assert (tmp_path / "log.csv").read_text().count("\n") == 1
+    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    names = [name for name, _ in train.Trainee(TINY).named_parameters()]
+    average = dict(zip(names, checkpoint["ema"], strict=True))
+    loaded = load_pipeline(weights).transformer
+    for name, parameter in loaded.named_parameters():
+        assert torch.equal(parameter, average[f"transformer.{name}"].to(torch.bfloat16).float()), name
+
+
+def test_no_prompt_names_what_is_held_out() -> None:
+    casts = [(Actor(*held_out), Actor(3, "up", None)) for held_out in train.HELD_OUT]
+    kept = train.withhold(casts)
+    assert [(a.digit, a.direction, a.speed) for a, _ in kept] == [(d, way, None) for d, way, _ in train.HELD_OUT]
+    training = new_training()
+    prompts = [prompt for _ in range(20) for prompt in training.batch()[1]]
+    named = {(a.digit, a.direction, a.speed) for prompt in prompts if prompt for a in parse_prompt(prompt)}
+    assert named
+    assert not named & train.HELD_OUT
+    assert "" in prompts
+
+
+def test_rates_rise_hold_and_fall() -> None:
+    recipe = train.Recipe(steps=100, batch=1, warmup=10, decay=0.5)
+    factors = [train.rate_factor(step, recipe) for step in range(100)]
+    assert factors[0] == 0.1
+    assert factors[9:51] == [1.0] * 42
+    assert factors[75] == 0.5
+    assert 0 < factors[99] < 0.03
+
+
+def test_generate_writes_a_gif(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    train.main(["--steps", "1", "--batch", "1", "--device", "cpu", "--output", str(tmp_path)])
+    weights = str(tmp_path / "small.safetensors")
+    generate.main(
+        ["--prompt", "3 right", "--backend", "eager", "--steps", "2", "--weights", weights, "--output", str(tmp_path)]
+    )
+    with Image.open(tmp_path / "3-right-0-eager.gif") as gif:
+        assert gif.n_frames > 1
+        assert gif.size == (4 * TINY.side, 4 * TINY.side)
+    assert "s per step" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (["--prompt", "3 rihgt"], "nearest is 'right'"),
+        (["--threshold", "2"], "threshold"),
+        (["--steps", "1"], "--steps"),
+    ],
+)
+def test_generate_names_what_is_wrong(
+    arguments: list[str], named: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        generate.main([*arguments, "--output", str(tmp_path)])
+    assert named in capsys.readouterr().err
+
+
+def test_tile_gaps_are_the_least_distance_to_the_rows_maxima() -> None:
+    torch.manual_seed(0)
+    q, k = torch.randn(2, 2, 256, 16)
+    gaps = evaluate.tile_gaps(q, k)
+    scores = (q.double() @ k.double().mT) * 16**-0.5 / math.log(2)
+    rows, keys = scores[1, 128:], scores[1, 128:, :128]
+    expected = (rows.amax(1) - keys.amax(1)).min()
+    assert gaps.shape == (2, 2, 2)
+    assert abs(float(gaps[1, 1, 0]) - float(expected)) < 2e-3
+
+
+def test_share_of_tiles_that_stay_negligible() -> None:
+    negligible = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 0, 1]], dtype=torch.bool)
+    assert list(evaluate._kept(negligible, "1")) == [0.5, 1.0]
+    assert list(evaluate._kept(negligible, "last")) == [0.5, 1.0]
+    assert list(evaluate._kept(negligible, "5")) == []
+
+
+def test_evaluated_prompts_cover_every_digit_and_direction() -> None:
+    casts = evaluate.evaluated_casts(pairs=5, seed=0)
+    singles = [cast[0] for cast in casts if len(cast) == 1]
+    assert {(a.digit, a.direction) for a in singles} == {(d, w) for d in range(10) for w in DIRECTIONS}
+    assert sum((a.digit, a.direction, a.speed) in train.HELD_OUT for a in singles) == 40
+    assert sum(len(cast) == 2 for cast in casts) == 5
