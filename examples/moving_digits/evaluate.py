@@ -3,6 +3,7 @@
     python examples/moving_digits/evaluate.py prompts      # digits and directions of many samples
     python examples/moving_digits/evaluate.py thresholds   # dense against liteattention, density and PSNR
     python examples/moving_digits/evaluate.py coherence    # is a tile that is negligible now negligible later?
+    python examples/moving_digits/evaluate.py conditioning # at which noise levels does the prompt matter to the loss?
 
 Each writes a JSON file and pictures into `--output`. Made for a GPU: on a CPU a sample takes a minute or more.
 """
@@ -14,6 +15,7 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,7 @@ if __name__ == "__main__":
 
 import lite_compile
 from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt
+from moving_digits.identity_vae import fold
 from moving_digits.metrics import evaluate, load_classifier, psnr, ssim
 from moving_digits.pictures import save_contact_sheet, save_gif_grid
 from moving_digits.pipeline import Setting, load_pipeline, setting_of
@@ -36,6 +39,7 @@ from moving_digits.train import HELD_OUT
 
 THRESHOLDS = (-14.0, -10.0, -6.0, -3.0, 0.0)
 SHOWN_PROMPTS = ("3 right", "7 up fast", "2 left and 8 down", "5 down fast and 0 right slow")
+NOISE_LEVELS = (0.9, 0.95, 0.97, 0.98, 0.985, 0.99, 0.995, 0.998)
 TILE_Q = TILE_K = 128
 LOG2_E = 1.4426950408889634
 
@@ -240,7 +244,42 @@ def _kept(negligible: Tensor, lag: str) -> Iterator[float]:
             yield float((negligible[step] & negligible[later]).sum() / negligible[step].sum())
 
 
-JOBS = {"prompts": measure_prompts, "thresholds": measure_thresholds, "coherence": measure_coherence}
+def measure_conditioning(pipe: WanPipeline, setting: Setting, args: argparse.Namespace) -> dict[str, Any]:
+    """Loss of velocity at several sigmas, given the right prompt, and how much more it is given another one."""
+    sampler = VideoSampler("test", torch.Generator().manual_seed(args.seed), pipe.device, setting.frames, setting.side)
+    directions = tuple(DIRECTIONS)
+    right = [Actor(n % 10, directions[n % 4], SPEEDS[n % 2]) for n in range(args.batch)]
+    opposite = {"right": "left", "left": "right", "up": "down", "down": "up"}
+    prompts = {
+        "right prompt": right,
+        "another digit": [replace(a, digit=(a.digit + 5) % 10) for a in right],
+        "the opposite direction": [replace(a, direction=opposite[a.direction]) for a in right],
+    }
+    texts = {name: [format_prompt([a]) for a in actors] for name, actors in prompts.items()}
+    texts["no prompt"] = [""] * args.batch
+    mean, std = pipe.vae.config.latents_mean[0], pipe.vae.config.latents_std[0]
+    latents = (fold(sampler.render([(a,) for a in right])) - mean) / std
+    noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(args.seed)).to(latents)
+    result: dict[str, Any] = {}
+    for sigma in tqdm(NOISE_LEVELS, desc="noise levels"):
+        noisy = torch.lerp(latents, noise, sigma).to(pipe.transformer.dtype)
+        loss = {}
+        for name, text in texts.items():
+            embeds = pipe.encode_prompt(text, do_classifier_free_guidance=False, max_sequence_length=512)[0]
+            timestep = torch.full((args.batch,), 1000 * sigma, device=noisy.device)
+            velocity = pipe.transformer(noisy, timestep, embeds, return_dict=False)[0]
+            loss[name] = float((velocity.float() - (noise - latents)).square().mean())
+        base = loss["right prompt"]
+        result[str(sigma)] = {name: value if name == "right prompt" else value - base for name, value in loss.items()}
+    return result
+
+
+JOBS = {
+    "prompts": measure_prompts,
+    "thresholds": measure_thresholds,
+    "coherence": measure_coherence,
+    "conditioning": measure_conditioning,
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -252,6 +291,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--weights", type=Path, help="default: the weights that ship with the repository")
     parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--flow-shift", type=float, help="of the noise levels (default: the pipeline's)")
     parser.add_argument("--batch", type=int, default=20, help="samples at once (default: %(default)s)")
     parser.add_argument("--pairs", type=int, default=60, help="prompts with two digits (default: %(default)s)")
     parser.add_argument("--every", type=int, default=1, help="use every nth prompt only (default: all)")
@@ -263,7 +303,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)
     pipe.set_progress_bar_config(disable=True)
-    result = JOBS[args.what](pipe, setting_of(args.weights), args)
+    if args.flow_shift is not None:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, flow_shift=args.flow_shift)
+    with torch.no_grad():
+        result = JOBS[args.what](pipe, setting_of(args.weights), args)
     path = args.output / f"{args.what}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
     shown = {key: value for key, value in result.items() if key not in ("runs", "marked_per_step")}

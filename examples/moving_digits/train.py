@@ -34,15 +34,13 @@ if __name__ == "__main__":
 
 from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt
 from moving_digits.identity_vae import LATENT_CHANNELS, fold
-from moving_digits.pipeline import FLOW_SHIFT, SETTINGS, Setting, build_transformer, save_weights
+from moving_digits.pipeline import SETTINGS, Setting, build_transformer, save_weights
 from moving_digits.prompt_encoder import encode, text_encoder, tokenizer
 
 HELD_OUT = {(digit, tuple(DIRECTIONS)[digit % 4], SPEEDS[digit % 2]) for digit in range(10)}
 """Combinations of digit, direction and speed that no training prompt has."""
 PROMPT_DROPOUT = 0.12
 """Share of the prompts replaced by the empty one, for classifier-free guidance."""
-LOGIT_STD = 1.4
-"""Of u, before the shift: sigma = s u / (1 + (s - 1) u) with s = `FLOW_SHIFT`."""
 PROMPT_LENGTH = 512
 """WanPipeline's default; what follows the prompt's own tokens is zeros, which count as keys in its cross-attention."""
 STATISTICS_VIDEOS = 256
@@ -54,6 +52,9 @@ class Recipe:
 
     steps: int
     batch: int
+    noise_mean: float = 4.2
+    """Of log(sigma / (1 - sigma)), which is normally distributed. Direction is decided at about 4.4: sigma = 0.988."""
+    noise_std: float = 1.5
     matrix_rate: float = 4e-3
     """Learning rate of Muon, for the matrices of the blocks."""
     other_rate: float = 1.5e-3
@@ -67,7 +68,7 @@ class Recipe:
 
 
 RECIPES = {
-    "small": Recipe(steps=4200, batch=48),
+    "small": Recipe(steps=5000, batch=48),
     "long": Recipe(steps=1500, batch=12, matrix_rate=1e-3, other_rate=4e-4),
 }
 
@@ -112,8 +113,8 @@ class Training:
         self.model.train()
         set_rates(self.optimizers, rate_factor(self.step, self.recipe))
         latents, prompts = self.batch()
-        u = (LOGIT_STD * torch.randn(len(prompts), generator=self.noise, device=self.device)).sigmoid()
-        sigma = FLOW_SHIFT * u / (1 + (FLOW_SHIFT - 1) * u)
+        level = torch.randn(len(prompts), generator=self.noise, device=self.device)
+        sigma = (self.recipe.noise_mean + self.recipe.noise_std * level).sigmoid()
         noise = torch.randn(latents.shape, generator=self.noise, device=self.device)
         noisy = torch.lerp(latents, noise, sigma.view(-1, 1, 1, 1, 1))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.device.type == "cuda"):
@@ -274,8 +275,9 @@ def train(training: Training, output: Path, minutes: float) -> None:
             bar.update()
             if training.step % 50 == 0:
                 report(bar)
-            if training.step % 2000 == 0:
+            if training.step % 500 == 0:
                 save()
+                training.save_average(output / f"{training.setting.name}.safetensors")
     if losses:
         report(tqdm(disable=True))
     save()
@@ -292,7 +294,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     torch.set_float32_matmul_precision("high")
     device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     recipe = RECIPES[args.setting]
-    given = {name: getattr(args, name) for name in ("steps", "batch", "matrix_rate", "other_rate")}
+    given = {name: getattr(args, name) for name in ("steps", "batch", "noise_mean", "matrix_rate", "other_rate")}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
     args.output.mkdir(parents=True, exist_ok=True)
     training = Training(SETTINGS[args.setting], recipe, args.seed, device, args.digits)
@@ -320,6 +322,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--output", type=Path, help="folder (default: build/moving_digits/<setting>)")
     parser.add_argument("--steps", type=int, help="in all, over all runs (default: the recipe's)")
     parser.add_argument("--batch", type=int, help="videos per step (default: the recipe's)")
+    parser.add_argument("--noise-mean", type=float, help="of log(sigma / (1 - sigma)) (default: the recipe's)")
     parser.add_argument("--matrix-rate", type=float, help="learning rate of Muon (default: the recipe's)")
     parser.add_argument("--other-rate", type=float, help="learning rate of AdamW (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so many (default: never)")
