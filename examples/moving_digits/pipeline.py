@@ -24,7 +24,7 @@ from .prompt_encoder import text_encoder, tokenizer
 WEIGHTS = Path(__file__).parent / "weights"
 CHECKSUMS = WEIGHTS / "SHA256SUMS"
 PATCH = (1, 2, 2)
-FLOW_SHIFT = 40.0
+FLOW_SHIFT = 20.0
 """Pixels of a video repeat each other so much that noise hides where a digit goes only at sigma > 0.98."""
 
 
