@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from dataclasses import replace
@@ -13,9 +14,12 @@ from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
-from moving_digits import evaluate, generate, train
+from moving_digits import evaluate, generate, measure_conditioning, train
 from moving_digits.data import DIRECTIONS, Actor, parse_prompt
-from moving_digits.pipeline import SETTINGS, load_pipeline, read_metadata
+from moving_digits.measure_coherence import _kept, tile_gaps
+from moving_digits.measure_prompts import evaluated_casts
+from moving_digits.pipeline import SETTINGS, load_pipeline, read_metadata, sha256
+from moving_digits.plots import draw_losses
 
 TINY = replace(SETTINGS["small"], frames=5, side=16, layers=2)
 RECIPE = train.Recipe(steps=4, batch=2, warmup=1)
@@ -124,7 +128,7 @@ def test_generate_names_what_is_wrong(
 def test_tile_gaps_are_the_least_distance_to_the_rows_maxima() -> None:
     torch.manual_seed(0)
     q, k = torch.randn(2, 2, 256, 16)
-    gaps = evaluate.tile_gaps(q, k)
+    gaps = tile_gaps(q, k)
     scores = (q.double() @ k.double().mT) * 16**-0.5 / math.log(2)
     rows, keys = scores[1, 128:], scores[1, 128:, :128]
     expected = (rows.amax(1) - keys.amax(1)).min()
@@ -134,14 +138,41 @@ def test_tile_gaps_are_the_least_distance_to_the_rows_maxima() -> None:
 
 def test_share_of_tiles_that_stay_negligible() -> None:
     negligible = torch.tensor([[1, 1, 0], [1, 0, 1], [1, 0, 1]], dtype=torch.bool)
-    assert list(evaluate._kept(negligible, "1")) == [0.5, 1.0]
-    assert list(evaluate._kept(negligible, "last")) == [0.5, 1.0]
-    assert list(evaluate._kept(negligible, "5")) == []
+    assert list(_kept(negligible, "1")) == [0.5, 1.0]
+    assert list(_kept(negligible, "last")) == [0.5, 1.0]
+    assert list(_kept(negligible, "5")) == []
 
 
 def test_evaluated_prompts_cover_every_digit_and_direction() -> None:
-    casts = evaluate.evaluated_casts(pairs=5, seed=0)
+    casts = evaluated_casts(pairs=5, seed=0)
     singles = [cast[0] for cast in casts if len(cast) == 1]
     assert {(a.digit, a.direction) for a in singles} == {(d, w) for d in range(10) for w in DIRECTIONS}
     assert sum((a.digit, a.direction, a.speed) in train.HELD_OUT for a in singles) == 40
     assert sum(len(cast) == 2 for cast in casts) == 5
+
+
+@pytest.mark.parametrize("what", ["conditioning", "prompts"])
+def test_evaluate_writes_results_and_their_conditions(
+    what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(measure_conditioning, "NOISE_LEVELS", (0.9, 0.99))
+    train.main(["--steps", "1", "--batch", "1", "--device", "cpu", "--output", str(tmp_path)])
+    weights = tmp_path / "small.safetensors"
+    arguments = ["--steps", "2", "--batch", "4", "--pairs", "2", "--every", "30", "--output", str(tmp_path)]
+    evaluate.main([what, "--weights", str(weights), *arguments])
+    result = json.loads((tmp_path / f"{what}.json").read_text())
+    assert result["conditions"]["weights"] == sha256(weights)[:12]
+    if what == "conditioning":
+        assert set(result["0.99"]) == {"right prompt", "another digit", "the opposite direction", "no prompt"}
+        assert result["0.9"]["right prompt"] > 0
+    else:
+        assert result["one digit, all"]["singles"] > 0
+        assert (tmp_path / "samples.gif").exists()
+
+
+def test_loss_curves_are_drawn_from_logs(tmp_path: Path) -> None:
+    (tmp_path / "log.csv").write_text("50,0.9,1.0\n100,0.5,2.0\n")
+    draw_losses({"a run": tmp_path / "log.csv"}, tmp_path / "loss.png")
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.width > 300
