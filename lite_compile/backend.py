@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
 from torch import fx
 
 from . import ops  # noqa: F401  (registers lite_compile::attend)
 from .announce import active_generation
+from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .errors import UnsupportedAttentionError
 from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
-from .passes.find_attention import find_attention
+from .passes.find_attention import AttentionSite, find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from .passes.graph_inputs import copy_graph, fake_value, placeholders
 from .passes.insert_step_guard import insert_step_guard
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
+from .root_clock import describe_root, find_root
 from .runtime import StatefulGraph, StateInputs
 
 
@@ -67,19 +70,34 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     """All passes, on a copy of `gm`: the new graph, the state it expects (None: it is `gm`), and what was decided."""
     graph = copy_graph(gm)
     sites = find_attention(graph)
-    clock: ClockInputs | str | None = find_clock_inputs(graph, sites)
-    if isinstance(clock, str) and active_generation() is not None:
-        clock = None  # the user announces the steps
-    decisions = decide_attention(sites, clock if isinstance(clock, str) else None, settings)
-    report = report_attention(decisions, str(clock or "announced by lite_compile.generation"))
+    clock, description = find_clock(graph, sites)
+    # A block does not know what it is called in the model: there, `layers` waits until it runs.
+    known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
+    decisions = decide_attention(sites, description if clock is None else None, known)
+    report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
-    if not rewrites or isinstance(clock, str):
+    if not rewrites or clock is None:
         return gm, None, report
     now = insert_step_guard(graph, clock, settings.max_streams, rewrites[0].device)
     layers = rewrite_attention(graph, rewrites, now, settings.threshold, settings.max_streams)
     graph.graph.lint()
     graph.recompile()
-    return graph, StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, clock is None), report
+    source = clock if isinstance(clock, ClockSource) else None
+    state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, settings.names)
+    return graph, state, report
+
+
+def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[ClockInputs | ClockSource | None, str]:
+    """Where the graph's clock reads, or None; and the report's line about it."""
+    inputs = find_clock_inputs(graph, sites)
+    if isinstance(inputs, ClockInputs):
+        return inputs, str(inputs)
+    if active_generation() is not None:
+        return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
+    root = find_root()
+    if isinstance(root, str):
+        return None, f"{inputs}; {root}"
+    return ClockSource.ROOT, describe_root(root)
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:

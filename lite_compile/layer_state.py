@@ -11,7 +11,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -60,18 +60,19 @@ class LayerState:
 class Binding:
     """Clock and skip states of one model under one graph text."""
 
-    def __init__(
-        self, graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool
-    ) -> None:
+    def __init__(self, graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device) -> None:
         self._graph_key = graph_key
         self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
         self._versions = _versions(tensors)
         self._device = device
-        self._announced = announced
         self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
         self.lock = threading.Lock()
         """Held during a call: two threads that use one model take turns."""
         self.clock = _zeros((clock_words(max_streams),), device)
+        self.names: tuple[str, ...] = ()
+        """Qualified names of the layers, where the graph only knows the last part of them."""
+        self.served = 0
+        """Number of the last call of the root that used these states."""
         with _registry_lock:
             _registry.add(self)
 
@@ -93,18 +94,28 @@ class Binding:
         if found is None:
             while len(self._states) >= MAX_SHAPES:
                 self._states.popitem(last=False)
-            found = [LayerState(spec, _zeros(spec.shape, self._device), self.clock) for spec in specs]
+            names = self.names or [spec.layer for spec in specs]
+            named = [replace(spec, layer=name) for spec, name in zip(specs, names, strict=True)]
+            found = [LayerState(spec, _zeros(spec.shape, self._device), self.clock) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
         return found
 
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""
-        if self._announced:
-            anchor = self._tensors[0]()
-            generation = None if anchor is None else active_generation(anchor)
-            if generation is not None:
-                generation.attach(self.clock)
+        anchor = self._tensors[0]()
+        generation = None if anchor is None else active_generation(anchor)
+        if generation is not None:
+            generation.attach(self.clock)
+
+    def move_to(self, clock: Tensor, names: Sequence[str]) -> None:
+        """Follow another clock from now on, with empty states; `names` of the layers in its module."""
+        self.clock, self.names = clock, tuple(names)
+        self._states.clear()
+
+    def anchors(self) -> list[Tensor | None]:
+        """The parameters and buffers that identify the model, the weights of the graph's layers first."""
+        return [ref() for ref in self._tensors]
 
     def all_states(self) -> list[LayerState]:
         """The states for all shapes, the most recently used shape first."""
@@ -116,9 +127,7 @@ _registry_lock = threading.RLock()
 _by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 
 
-def find_binding(
-    graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device, announced: bool
-) -> Binding:
+def find_binding(graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device) -> Binding:
     """The binding of the model that `tensors` identify, under the graph of that key; made on first use."""
     with _registry_lock:
         candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
@@ -129,7 +138,7 @@ def find_binding(
                 candidates.remove(binding)
                 break
         del candidates[: -MAX_BINDINGS + 1]
-        candidates.append(Binding(graph_key, tensors, max_streams, device, announced))
+        candidates.append(Binding(graph_key, tensors, max_streams, device))
         return candidates[-1]
 
 

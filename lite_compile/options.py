@@ -7,7 +7,8 @@ import difflib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from fnmatch import fnmatchcase
+from typing import Any, Literal, NamedTuple
 
 from .errors import OptionTypeError, OptionValueError
 
@@ -101,6 +102,21 @@ def _inductor(name: str, value: Any) -> dict[str, Any]:
     return dict(value)
 
 
+class LayerNames(NamedTuple):
+    """Which layers the options allow."""
+
+    included: tuple[str, ...]
+    excluded: tuple[str, ...]
+
+    def allow(self, layer: str) -> bool:
+        """Whether a layer of this name may be rewritten."""
+        return self._matches(layer, self.included) and not self._matches(layer, self.excluded)
+
+    @staticmethod
+    def _matches(layer: str, globs: tuple[str, ...]) -> bool:
+        return any(fnmatchcase(layer, glob) for glob in globs)
+
+
 @dataclass(frozen=True)
 class Options:
     """Validated options; the only place where their names, defaults and types are written.
@@ -168,6 +184,11 @@ class Options:
         if mode is not None:
             given.setdefault("mode", mode)
         return cls(**given)
+
+    @property
+    def names(self) -> LayerNames:
+        """`layers` and `exclude_layers` together."""
+        return LayerNames(self.layers, self.exclude_layers)
 
     def inductor_config(self) -> dict[str, Any]:
         """Inductor configuration that `mode` and `inductor` stand for."""

@@ -10,11 +10,14 @@ from typing import Any
 
 import sympy
 import torch
-from torch import fx
+from torch import Tensor, fx
 
-from .layer_state import LayerSpec, find_binding
+from .clock_source import ClockSource
+from .layer_state import Binding, LayerSpec, find_binding
+from .options import LayerNames
 from .passes.graph_inputs import fake_value, is_buffer, placeholders, source_name
 from .passes.rewrite_attention import StateInput
+from .root_clock import current_call, dense_now, full_names
 
 Size = int | torch.SymInt
 
@@ -78,8 +81,10 @@ class StateInputs:
     layers: tuple[StateInput, ...]
     max_streams: int
     device: torch.device
-    announced: bool
-    """Whether the user's `generation` drives the clock."""
+    source: ClockSource | None
+    """Who advances the clock; None: the graph itself."""
+    names: LayerNames
+    """Which layers may use their state, if the names that the graph knows are parts of names."""
 
 
 class StatefulGraph:
@@ -91,7 +96,9 @@ class StatefulGraph:
         self._compiled = compiled
         self._key = graph_key(graph)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
-        self._max_streams, self._device, self._announced = state.max_streams, state.device, state.announced
+        self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
+        self._names = state.names
+        self._dense = dense_now(state.device)
         # What identifies a model: the weights of its rewritten layers, and its buffers, which may hold conditioning.
         self._identity = [position[layer.weight] for layer in state.layers]
         self._identity += [index for index, node in enumerate(inputs) if is_buffer(node)]
@@ -101,11 +108,32 @@ class StatefulGraph:
 
     def __call__(self, *args: Any) -> Any:
         tensors = [args[index] for index in self._identity]
-        binding = find_binding(self._key, tensors, self._max_streams, self._device, self._announced)
+        binding = find_binding(self._key, tensors, self._max_streams, self._device)
         with binding.lock:
-            binding.listen()
+            if self._source is ClockSource.ROOT:
+                clock = self._follow_root(binding)
+            else:
+                clock = binding.clock
+                if self._source is ClockSource.ANNOUNCED:
+                    binding.listen()
             states = binding.states(self._resolve(args))
-            return self._compiled(*args, binding.clock, *(state.state for state in states))
+            return self._compiled(*args, clock, *(state.state for state in states))
+
+    def _follow_root(self, binding: Binding) -> Tensor:
+        """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
+        call = current_call()
+        if call is None:
+            return self._dense
+        root = call.root.clock(self._max_streams, self._device)
+        if binding.clock is not root.clock:
+            binding.move_to(
+                root.clock, full_names(call.module, [layer for layer, _ in self._layers], binding.anchors())
+            )
+        # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
+        if binding.served == call.number or not all(map(self._names.allow, binding.names)):
+            return self._dense
+        binding.served = call.number
+        return root.read(call)
 
     def _resolve(self, args: Sequence[Any]) -> tuple[LayerSpec, ...]:
         resolved = self._resolver.resolve(self._sizes, args)

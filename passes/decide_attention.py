@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 
 import torch
 from torch import fx
@@ -63,10 +62,7 @@ def decide_attention(
 
 
 def _decide(site: AttentionSite, missing_clock: str | None, options: Options) -> Rewrite | Decline:
-    def matches(globs: Sequence[str]) -> bool:
-        return any(fnmatchcase(site.layer, glob) for glob in globs)
-
-    if not matches(options.layers) or matches(options.exclude_layers):
+    if not options.names.allow(site.layer):
         return Decline(site, Reason.EXCLUDED)
     q, k, v = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.v)
     out = fake_tensor(site.node)

@@ -14,11 +14,11 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .find_attention import AttentionSite
 from .graph_inputs import argument_name, fake_tensor, fake_value, is_buffer, is_parameter, is_static, placeholders
 
-_LATENT_NAMES = {
+LATENT_NAMES = {
     "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
     "z", "zt", "x_t",
 }  # fmt: skip
-_TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "time_step"}
+TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "time_step"}
 
 _TOWARDS_EMBEDDING = {
     "to", "float", "half", "bfloat16", "double", "type_as", "type", "view", "reshape", "flatten", "unflatten",
@@ -92,7 +92,7 @@ def _inside_of_a_module() -> bool:
 def _find_latents(gm: fx.GraphModule, inputs: list[fx.Node], sites: Sequence[AttentionSite]) -> fx.Node | None:
     reaching = _ancestors([site.q for site in sites])
     candidates = [n for n in inputs if n in reaching and _is_latent_like(n)]
-    named = [n for n in candidates if argument_name(n) in _LATENT_NAMES]
+    named = [n for n in candidates if argument_name(n) in LATENT_NAMES]
     outputs = [value for n in gm.graph.output_node().all_input_nodes if (value := fake_tensor(n)) is not None]
     shaped = [n for n in candidates if any(_same_shape(n, value) for value in outputs)]
     return max(named or shaped or candidates, key=_size, default=None)
@@ -124,7 +124,7 @@ def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: fx.Node) 
     candidates = [n for n in inputs if _is_timestep_like(n, batch)]
     embedded = [n for n in candidates if _reaches_embedding(n)]
     flat = [n for n in candidates if fake_tensor(n).dim() <= 1]  # type: ignore[union-attr]
-    named = [n for n in (*embedded, *flat) if argument_name(n) in _TIMESTEP_NAMES]
+    named = [n for n in (*embedded, *flat) if argument_name(n) in TIMESTEP_NAMES]
     if named:
         return named[0]
     # Position ids and guidance scales reach a sine as well: a guess has to be the only one.
@@ -134,7 +134,7 @@ def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: fx.Node) 
 
 def _has_timestep_number(gm: fx.GraphModule) -> bool:
     """Whether the timestep is a Python number."""
-    return any(argument_name(n) in _TIMESTEP_NAMES for n in placeholders(gm.graph) if fake_tensor(n) is None)
+    return any(argument_name(n) in TIMESTEP_NAMES for n in placeholders(gm.graph) if fake_tensor(n) is None)
 
 
 def _is_timestep_like(node: fx.Node, batch: int | torch.SymInt) -> bool:

@@ -8,29 +8,33 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..announce import read_announced
 from ..clock import advance, clock_words
+from ..clock_source import ClockSource
 from ..ops import NOW_WORDS
 from .find_clock_inputs import ClockInputs
 from .graph_inputs import append_input, fake_value, placeholders
 
 
 def insert_step_guard(
-    gm: fx.GraphModule, inputs: ClockInputs | None, max_streams: int, device: torch.device
+    gm: fx.GraphModule, source: ClockInputs | ClockSource, max_streams: int, device: torch.device
 ) -> fx.Node:
     """Append the clock as a graph input and advance it before anything else runs.
 
-    Without `inputs` the clock is read as the user's `lite_compile.generation` announced it.
+    If the user's `lite_compile.generation` announces the steps, the clock is only read. If hooks on the model's root
+    keep it, what they read is the input.
 
     Returns the node that says where the call stands, int32 `[NOW_WORDS]`.
     """
     with _fake_mode(gm):
         fake_clock = torch.empty(clock_words(max_streams), dtype=torch.int32, device=device)
         fake_now = torch.empty(NOW_WORDS, dtype=torch.int32, device=device)
+    if source is ClockSource.ROOT:
+        return append_input(gm.graph, "lite_now", fake_now)
     clock = append_input(gm.graph, "lite_clock", fake_clock)
     with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
-        if inputs is None:
+        if isinstance(source, ClockSource):
             now = gm.graph.call_function(read_announced, (clock, max_streams))
         else:
-            arguments = (clock, inputs.latents, inputs.timestep, list(inputs.conditions), max_streams)
+            arguments = (clock, source.latents, source.timestep, list(source.conditions), max_streams)
             now = gm.graph.call_function(advance, arguments)
     now.name = "now"
     now.meta["example_value"] = fake_now

@@ -5,6 +5,8 @@ from expecttest import assert_expected_inline
 from graphs import Denoiser, capture, inputs
 
 from lite_compile.clock import clock_words
+from lite_compile.clock_source import ClockSource
+from lite_compile.ops import NOW_WORDS
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from lite_compile.passes.graph_inputs import copy_graph, fake_tensor, placeholders
@@ -33,10 +35,20 @@ now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_p
 
 def test_announced_clock_reads_no_inputs() -> None:
     gm = copy_graph(capture(Denoiser(), *inputs()))
-    insert_step_guard(gm, None, 4, torch.device("cpu"))
+    insert_step_guard(gm, ClockSource.ANNOUNCED, 4, torch.device("cpu"))
     gm.graph.lint()
     assert_expected_inline(
         lines_with(gm, "announced"),
         """\
 now = lite_compile_announce_read_announced(lite_clock, 4)""",
     )
+
+
+def test_a_clock_kept_by_hooks_comes_in_as_what_it_reads() -> None:
+    gm = copy_graph(capture(Denoiser(), *inputs()))
+    before = len(gm.graph.nodes)
+    now = insert_step_guard(gm, ClockSource.ROOT, 4, torch.device("cpu"))
+    gm.graph.lint()
+    assert now is placeholders(gm.graph)[-1]
+    assert fake_tensor(now).shape == (NOW_WORDS,)  # type: ignore[union-attr]
+    assert len(gm.graph.nodes) == before + 1

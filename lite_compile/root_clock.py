@@ -1,0 +1,290 @@
+"""The step clock of a model whose blocks are compiled one by one, or whose graph breaks: kept by hooks on the model.
+
+The graphs of such a model see neither latents nor timestep, but the call of the model does, and it is a Python frame
+above them: `Module._wrapped_call_impl(self, *args, **kwargs)`. The first compiled block that finds this frame installs
+two hooks on that module, the *root*. From then on each call of the root is known by its frame for as long as it runs,
+and the clock is advanced once per such call, by the first block that asks.
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from .clock import RESET, advance, clock_words
+from .ops import NOW_SLOT, NOW_WORDS
+from .passes.find_clock_inputs import LATENT_NAMES, TIMESTEP_NAMES
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+_numbers = itertools.count(1)
+_lock = threading.RLock()
+_roots: weakref.WeakKeyDictionary[nn.Module, Root] = weakref.WeakKeyDictionary()
+
+
+@dataclass(frozen=True)
+class ClockArguments:
+    """What the clock reads of one call of a root module."""
+
+    latents: Tensor
+    timestep: Tensor | int | float
+    conditions: tuple[Tensor | int | float, ...]
+    """Everything else that may carry a prompt."""
+    names: tuple[str, str]
+    """Of the arguments that hold latents and timestep."""
+
+
+@dataclass(frozen=True)
+class RootCall:
+    """One call of a root module, while it runs."""
+
+    root: Root
+    frame: FrameType
+    thread: int
+    arguments: ClockArguments
+    number: int = field(default_factory=lambda: next(_numbers))
+
+    @property
+    def module(self) -> nn.Module:
+        """The root itself."""
+        module: nn.Module = self.frame.f_locals["self"]
+        return module
+
+    def is_running(self) -> bool:
+        """Whether the call has not returned yet, in whatever thread."""
+        return any(frame is self.frame for frame in _frames(sys._current_frames().get(self.thread)))
+
+
+class RootClock:
+    """A clock outside of the graphs, and where the current call stands by it."""
+
+    def __init__(self, max_streams: int, device: torch.device) -> None:
+        self._max_streams = max_streams
+        self._call = 0
+        with torch.inference_mode(False):
+            self.clock = torch.zeros(clock_words(max_streams), dtype=torch.int32, device=device)
+            self.now = dense_now(device)
+
+    def read(self, call: RootCall) -> Tensor:
+        """int32 `[NOW_WORDS]`: where `call` stands. Advances the clock when the call asks for the first time."""
+        if call.number != self._call:
+            self._call = call.number
+            given = call.arguments
+            with torch.inference_mode(False), torch.no_grad():
+                latents, *conditions = (_usable(x) for x in (given.latents, *given.conditions))
+                t = given.timestep
+                timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
+                self.now.copy_(advance(self.clock, latents, timestep, conditions, self._max_streams))
+        return self.now
+
+
+class Root:
+    """What the hooks on one module keep: its clocks, and the call that is running."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._clocks: dict[tuple[int, torch.device], RootClock] = {}
+        self.call: RootCall | None = None
+        self._buffers = _versions(module)
+        module.register_forward_pre_hook(_EnterHook(), with_kwargs=True)
+        module.register_forward_hook(_LeaveHook(), always_call=True)
+
+    def clock(self, max_streams: int, device: torch.device) -> RootClock:
+        """The clock for that many streams."""
+        found = self._clocks.get((max_streams, device))
+        if found is None:
+            found = self._clocks[max_streams, device] = RootClock(max_streams, device)
+        return found
+
+    def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
+        """A call begins. If another thread is in the middle of one, the new one goes without a clock."""
+        with _lock:
+            running = self.call
+            if running is not None and running.thread != threading.get_ident() and running.is_running():
+                return
+            found = read_arguments(module, args, kwargs)
+            self.call = None if isinstance(found, str) else RootCall(self, frame, threading.get_ident(), found)
+            buffers = _versions(module)
+            if buffers != self._buffers:  # they may hold a prompt
+                self._buffers = buffers
+                for clock in self._clocks.values():
+                    clock.clock[RESET].fill_(1)
+
+    def leave(self, frame: FrameType) -> None:
+        """A call is over."""
+        with _lock:
+            if self.call is not None and self.call.frame is frame:
+                self.call = None
+
+
+class _EnterHook:
+    """Pre-hook of a root. A copied or unpickled module starts without a clock, and so with hooks that do nothing."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_compiling():
+            return  # the module itself is being compiled: its graph has a clock of its own
+        root, frame = _roots.get(module), _calling_frame(module)
+        if root is not None and frame is not None:
+            root.enter(module, frame, args, kwargs)
+
+
+class _LeaveHook:
+    """Forward hook of a root."""
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        root, frame = _roots.get(module), _calling_frame(module)
+        if root is not None and frame is not None:
+            root.leave(frame)
+
+
+def current_call() -> RootCall | None:
+    """The call of a root module that the running code is part of; installs hooks where the first one is found."""
+    for frame in _frames(sys._getframe(1)):
+        if frame.f_code is _CALL:
+            root = _roots.get(frame.f_locals["self"])
+            if root is not None and root.call is not None and root.call.frame is frame:
+                return root.call
+    found = find_root()
+    if isinstance(found, str):
+        return None
+    module, frame, args, kwargs = found
+    with _lock:
+        if module in _roots:
+            return None  # another thread is using it, or its hooks were taken away
+        root = _roots[module] = Root(module)
+        root.enter(module, frame, args, kwargs)  # the hooks missed the beginning of this first call
+        return root.call
+
+
+RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
+
+
+def find_root() -> RootFrame | str:
+    """The innermost module above the running code whose call shows latents and a timestep; or why there is none.
+
+    Innermost, because a module around it may call it several times per call of its own, for guidance. Blocks pass
+    embeddings of two dimensions around as `timestep`; a module whose timestep has at most one comes first.
+    """
+    fallback: RootFrame | None = None
+    missing = "no module above the compiled part was called with latents and a timestep by these names"
+    for frame in _frames(sys._getframe(1)):
+        if frame.f_code is not _CALL:
+            continue
+        module, args, kwargs = (frame.f_locals[name] for name in ("self", "args", "kwargs"))
+        arguments = read_arguments(module, args, kwargs)
+        if isinstance(arguments, str):
+            continue
+        if module._compiled_call_impl is not None:
+            missing = f"{type(module).__name__} was compiled by model.compile(), which hides its calls; "
+            missing += "use torch.compile(model)"
+            continue
+        if not isinstance(arguments.timestep, Tensor) or arguments.timestep.dim() <= 1:
+            return module, frame, args, kwargs
+        fallback = fallback or (module, frame, args, kwargs)
+    return fallback or missing
+
+
+def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:
+    """Latents, timestep and conditioning among the arguments of a call, by their names; or what is missing."""
+    original = getattr(module, "_orig_mod", module)
+    try:
+        bound = inspect.signature(original.forward).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):
+        return "the arguments do not fit the signature of forward"
+    named = dict(bound)
+    for name, parameter in inspect.signature(original.forward).parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            named.update(named.pop(name, {}))
+    latents = {n: x for n, x in named.items() if n in LATENT_NAMES and _is_latent_like(x)}
+    timesteps = {n: x for n, x in named.items() if n in TIMESTEP_NAMES and _is_timestep_like(x)}
+    if not latents or not timesteps:
+        return "no argument is named like latents" if not latents else "no argument is named like a timestep"
+    name = max(latents, key=lambda n: latents[n].numel())
+    time = next(iter(timesteps))
+    rest = tree_leaves([value for key, value in named.items() if key not in (name, time)])
+    conditions = tuple(map(_as_condition, rest))
+    if any(condition is None for condition in conditions):
+        return "an argument is of a kind that the clock cannot watch"
+    return ClockArguments(latents[name], timesteps[time], conditions, (name, time))  # type: ignore[arg-type]
+
+
+def describe_root(found: RootFrame) -> str:
+    """One line for the report."""
+    module, _, args, kwargs = found
+    arguments = read_arguments(module, args, kwargs)
+    assert not isinstance(arguments, str)
+    latents, timestep = arguments.names
+    name = type(getattr(module, "_orig_mod", module)).__name__
+    return f"hooks on {name}: latents from {latents!r}, timestep from {timestep!r}"
+
+
+def full_names(module: nn.Module, layers: Sequence[str], weights: Sequence[Tensor | None]) -> list[str]:
+    """Qualified names in `module` of layers whose names end as `layers` do and that own `weights`."""
+    owned = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+    names = []
+    for layer, weight in zip(layers, weights, strict=False):
+        parts = owned.get(id(weight), "").replace("_orig_mod.", "").split(".")
+        tail = layer.split(".")
+        ends = [i for i in range(len(tail), len(parts)) if parts[i - len(tail) : i] == tail]
+        names.append(".".join(parts[: ends[0]]) if ends else layer)
+    return names
+
+
+def dense_now(device: torch.device) -> Tensor:
+    """What `attend` is told where no state may be used."""
+    words = [0] * NOW_WORDS
+    words[NOW_SLOT] = -1
+    with torch.inference_mode(False):
+        return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def _is_latent_like(x: object) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3
+
+
+def _is_timestep_like(x: object) -> bool:
+    if isinstance(x, Tensor):
+        return x.dim() <= 2 and x.numel() > 0 and x.dtype != torch.bool and not x.is_complex()
+    return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def _as_condition(leaf: object) -> Tensor | int | float | None:
+    """A leaf of the arguments as the clock takes it; None for what it cannot compare."""
+    if isinstance(leaf, Tensor | int | float):
+        return leaf
+    if leaf is None:
+        return 0
+    # Within a process equal values have equal hashes, and the clock does not outlive it.
+    return hash(leaf) % 2**31 if isinstance(leaf, str | bytes | torch.dtype | torch.device) else None
+
+
+def _usable(x: Any) -> Any:
+    """Tensors made under inference mode cannot be used outside of it as they are."""
+    return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
+
+
+def _versions(module: nn.Module) -> list[tuple[int, int]]:
+    return [(id(buffer), -1 if buffer.is_inference() else buffer._version) for buffer in module.buffers()]
+
+
+def _calling_frame(module: nn.Module) -> FrameType | None:
+    """The frame of the call of `module` whose hook is running."""
+    is_call: Callable[[FrameType], bool] = lambda frame: frame.f_code is _CALL and frame.f_locals["self"] is module  # noqa: E731
+    return next(filter(is_call, _frames(sys._getframe(1))), None)
+
+
+def _frames(frame: FrameType | None) -> Iterator[FrameType]:
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

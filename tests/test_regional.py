@@ -1,0 +1,279 @@
+"""Blocks compiled one by one, and graphs that break: state per layer, and one clock kept by hooks on the model."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import threading
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from models import DEVICE, OPTIONS, TOLERANCE, denoise, noise, prompt, tiny_wan
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+import lite_compile
+from lite_compile import root_clock
+from lite_compile.layer_state import layer_states
+
+PROMPTS = [prompt(0), prompt(1)]
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    torch._dynamo.reset()
+    counters.clear()
+    lite_compile.clear_report()
+
+
+def compile_blocks(model: Any, **options: Any) -> Any:
+    """What diffusers' regional compilation does."""
+    model.compile_repeated_blocks(backend="liteattention", fullgraph=True, options={**OPTIONS, **options})
+    return model
+
+
+def compile_whole(model: Any, **options: Any) -> Any:
+    return torch.compile(model, backend="liteattention", fullgraph=True, options={**OPTIONS, **options})
+
+
+def distance(ours: Tensor, expected: Tensor) -> float:
+    """Relative, in the L2 norm."""
+    return float((ours - expected).norm() / expected.norm())
+
+
+def masks(model: nn.Module) -> dict[str, Tensor]:
+    return {state.layer: state.state.clone() for state in layer_states(model)}
+
+
+def test_blocks_compiled_one_by_one_do_what_the_whole_model_does() -> None:
+    whole, regional = tiny_wan(layers=3), tiny_wan(layers=3)
+    runs = {}
+    for model, run in ((whole, compile_whole(whole)), (regional, compile_blocks(regional))):
+        runs[model] = [denoise(run, noise(seed), PROMPTS, 6) for seed in (0, 1)]
+    for ours, expected in zip(runs[regional], runs[whole], strict=True):
+        assert distance(ours, expected) < TOLERANCE
+    assert lite_compile.stats(regional).density < 0.9
+    assert masks(regional).keys() == masks(whole).keys() == {f"blocks.{n}.attn1" for n in range(3)}
+    ours, expected = lite_compile.stats(regional).streams, lite_compile.stats(whole).streams
+    assert {(s.layer, s.stream, s.steps, s.generations) for s in ours} == {
+        (s.layer, s.stream, s.steps, s.generations) for s in expected
+    }
+    densities = {(s.layer, s.stream): s.density for s in expected}
+    assert all(abs(s.density - densities[s.layer, s.stream]) < 0.02 for s in ours)
+
+
+def test_one_graph_serves_all_blocks_and_the_report_says_who_keeps_the_clock() -> None:
+    model = compile_blocks(tiny_wan(layers=4))
+    denoise(model, noise(0), PROMPTS, 5)
+    assert counters["stats"]["unique_graphs"] == 1
+    assert not counters["graph_break"]
+    (graph,) = lite_compile.report().graphs
+    assert [(site.layer, site.rewritten) for site in graph.sites] == [("attn1", True), ("attn2", False)]
+    assert graph.clock == ("hooks on WanTransformer3DModel: latents from 'hidden_states', timestep from 'timestep'")
+    assert len({state.state.data_ptr() for state in layer_states(model)}) == 4
+
+
+def test_a_second_generation_equals_the_same_one_on_fresh_state() -> None:
+    used, fresh = compile_blocks(tiny_wan()), compile_blocks(tiny_wan())
+    denoise(used, noise(0), PROMPTS, 6, stop_after=4)
+    second = denoise(used, noise(1), [prompt(2), prompt(3)], 6)
+    assert torch.equal(second, denoise(fresh, noise(1), [prompt(2), prompt(3)], 6))
+
+
+def test_two_models_that_share_a_graph_share_no_mask() -> None:
+    one, other, alone = compile_blocks(tiny_wan(0)), compile_blocks(tiny_wan(1)), compile_blocks(tiny_wan(1))
+    latents = {model: noise(number) for number, model in enumerate((one, other))}
+    with torch.no_grad():
+        for step in range(5):
+            t = torch.tensor([1000.0 - 200 * step], device=DEVICE)
+            for model, x in latents.items():
+                for p in PROMPTS:
+                    v = model(hidden_states=x, timestep=t, encoder_hidden_states=p, return_dict=False)[0]
+                latents[model] = x - 0.2 * v
+    x = noise(1)
+    with torch.no_grad():
+        for step in range(5):
+            t = torch.tensor([1000.0 - 200 * step], device=DEVICE)
+            for p in PROMPTS:
+                v = alone(hidden_states=x, timestep=t, encoder_hidden_states=p, return_dict=False)[0]
+            x = x - 0.2 * v
+    assert torch.equal(latents[other], x)
+
+
+def test_a_block_called_by_itself_uses_no_state() -> None:
+    model = compile_blocks(tiny_wan())
+    denoise(model, noise(0), PROMPTS, 6)
+    block, plain = model.blocks[0], tiny_wan().blocks[0]
+    cos, sin = model.rope(noise(0))
+    hidden, context = torch.randn(1, 1024, 64).to(noise(0)), torch.randn(1, 8, 64).to(noise(0))
+    temb = torch.randn(1, 6, 64, device=DEVICE)
+    before = masks(model)
+    with torch.no_grad():
+        out = block(hidden, context, temb, (cos, sin))
+        expected = plain(hidden, context, temb, (cos, sin))
+    assert distance(out, expected) < TOLERANCE
+    assert all(torch.equal(state, before[name]) for name, state in masks(model).items())
+
+
+class Guided(nn.Module):
+    """A module around a denoiser that calls it for both prompts."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, latents: Tensor, t: Tensor, prompts: list[Tensor]) -> Tensor:
+        calls = [
+            self.model(hidden_states=latents, timestep=t, encoder_hidden_states=p, return_dict=False)[0]
+            for p in prompts
+        ]
+        return calls[1] + 3 * (calls[0] - calls[1])
+
+
+def test_guidance_inside_of_an_outer_module_keeps_its_streams_apart() -> None:
+    model, reference = compile_blocks(tiny_wan()), compile_blocks(tiny_wan())
+    guided, x = Guided(model), noise(0)
+    with torch.no_grad():
+        for step in range(6):
+            x = x - guided(x, torch.tensor([1000 * (1 - step / 6)], device=DEVICE), PROMPTS) / 6
+    assert distance(x, denoise(reference, noise(0), PROMPTS, 6)) < TOLERANCE
+    assert {s.stream for s in lite_compile.stats(model).streams} == {0, 1}
+
+
+class SharedBlock(nn.Module):
+    """Applies one block twice."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.model.blocks = nn.ModuleList([self.model.blocks[0]] * 2)
+
+
+def test_a_block_that_runs_twice_per_call_uses_its_state_once() -> None:
+    shared = SharedBlock(tiny_wan()).model
+    exact, model = copy.deepcopy(shared), compile_blocks(shared, threshold=-float("inf"))
+    assert distance(denoise(model, noise(0), PROMPTS, 3), denoise(exact, noise(0), PROMPTS, 3)) < TOLERANCE
+    assert all(s.density == 1 for s in lite_compile.stats(model).streams)
+
+
+class Breaking(nn.Module):
+    """A denoiser whose graph breaks before its blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = tiny_wan()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, return_dict: bool) -> Any:
+        scale = 1.0 + 0 * float(hidden_states.sum())
+        torch._dynamo.graph_break()
+        return (self.inner(hidden_states * scale, timestep.tolist()[0] + 0 * timestep, encoder_hidden_states)[0],)
+
+
+def test_graphs_after_a_break_follow_the_clock_of_the_call() -> None:
+    model, whole = Breaking().eval(), tiny_wan()
+    run = torch.compile(model, backend="liteattention", options=OPTIONS)
+    results = [denoise(run, noise(seed), PROMPTS, 6) for seed in (0, 1)]
+    expected = [denoise(compile_whole(whole), noise(seed), PROMPTS, 6) for seed in (0, 1)]
+    for ours, other in zip(results, expected, strict=True):
+        assert distance(ours, other) < TOLERANCE
+    assert lite_compile.stats(model).density < 0.9
+    assert lite_compile.report().rewritten
+
+
+def test_an_exception_inside_of_a_call_leaves_nothing_behind() -> None:
+    model, fresh = compile_blocks(tiny_wan()), compile_blocks(tiny_wan())
+    denoise(model, noise(0), PROMPTS, 2)
+    handle = model.proj_out.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        denoise(model, noise(0), PROMPTS, 2)
+    handle.remove()
+    assert root_clock._roots[model].call is None
+    assert torch.equal(denoise(model, noise(1), PROMPTS, 5), denoise(fresh, noise(1), PROMPTS, 5))
+
+
+def test_copies_and_pickles_of_a_model_start_without_a_clock() -> None:
+    model = compile_blocks(tiny_wan())
+    first = denoise(model, noise(0), PROMPTS, 5)
+    twin = copy.deepcopy(model)
+    torch.save(model.state_dict(), io.BytesIO())
+    assert len(twin._forward_pre_hooks) == 1
+    assert torch.equal(denoise(compile_blocks(twin), noise(0), PROMPTS, 5), first)
+    assert layer_states(twin)[0].clock is not layer_states(model)[0].clock
+    buffer = io.BytesIO()
+    torch.save(next(iter(model._forward_pre_hooks.values())), buffer)
+
+
+def test_the_model_takes_its_clock_along() -> None:
+    model = compile_blocks(tiny_wan())
+    denoise(model, noise(0), PROMPTS, 2)
+    clock = weakref.ref(layer_states(model)[0].clock)
+    del model
+    torch._dynamo.reset()
+    gc.collect()
+    assert clock() is None
+
+
+def test_two_threads_that_use_one_model_never_mix_their_prompts() -> None:
+    model = compile_blocks(tiny_wan())
+    denoise(model, noise(9), PROMPTS, 2)
+    exact = [denoise(tiny_wan(), noise(n), [prompt(n)], 4) for n in range(2)]
+    results: dict[int, Tensor] = {}
+
+    def work(number: int) -> None:
+        results[number] = denoise(model, noise(number), [prompt(number)], 4)
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number, expected in enumerate(exact):
+        assert distance(results[number], expected) < 0.05
+
+
+def test_excluded_layers_are_known_by_their_full_names() -> None:
+    model = compile_blocks(tiny_wan(layers=3), exclude_layers=["blocks.1.*"])
+    denoise(model, noise(0), PROMPTS, 6)
+    assert {s.layer for s in lite_compile.stats(model).streams} == {"blocks.0.attn1", "blocks.2.attn1"}
+    included = compile_blocks(tiny_wan(layers=3), layers=["blocks.2.*"])
+    denoise(included, noise(0), PROMPTS, 6)
+    assert {s.layer for s in lite_compile.stats(included).streams} == {"blocks.2.attn1"}
+
+
+def test_reset_starts_a_generation() -> None:
+    model, fresh = compile_blocks(tiny_wan()), compile_blocks(tiny_wan())
+    denoise(model, noise(0), PROMPTS, 6, stop_after=3)
+    lite_compile.reset(model)
+    assert torch.equal(denoise(model, noise(0), PROMPTS, 6), denoise(fresh, noise(0), PROMPTS, 6))
+
+
+def test_a_whole_model_compiled_later_ignores_the_hooks() -> None:
+    model = compile_blocks(tiny_wan())
+    denoise(model, noise(0), PROMPTS, 3)
+    for block in model.blocks:
+        block._compiled_call_impl = None
+    torch._dynamo.reset()
+    counters.clear()
+    run = compile_whole(model)
+    result = denoise(run, noise(1), PROMPTS, 5)
+    assert not counters["graph_break"]
+    assert torch.equal(result, denoise(compile_whole(tiny_wan()), noise(1), PROMPTS, 5))
+
+
+def test_a_model_without_timestep_says_what_is_missing() -> None:
+    class Plain(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = torch.compile(tiny_wan().blocks[0].attn1, backend="liteattention", options=OPTIONS)
+
+        def forward(self, tokens: Tensor) -> Any:
+            return self.block(tokens)
+
+    with torch.no_grad():
+        Plain()(torch.randn(1, 256, 64).to(noise(0)))
+    (site,) = lite_compile.report().sites
+    assert site.reason is lite_compile.Reason.NO_CLOCK
+    assert "by these names" in site.detail
