@@ -286,7 +286,8 @@ def attend_triton(
     k_len = k.shape[2]
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    q, k, v = (x if x.stride(3) == 1 else x.contiguous() for x in (q, k, v))
+    # Offsets within a tile are computed in 32 bits.
+    q, k, v = (x if x.stride(3) == 1 and max(tile) * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v))
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     layout = row_layout(k_tiles)
     programs = batch * heads * q_tiles

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import itertools
 import threading
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from .clock import ANNOUNCED, GENERATION, STEP, slot_table
+from .clock import ANNOUNCED, GENERATION, STEP, TICKET, USED_TICKET, slot_table
 from .ops import NOW_WORDS
 
-_numbers = itertools.count(1)
+_numbers, _tickets = itertools.count(1), itertools.count(1)
 _lock = threading.Lock()
 _active: list[Generation] = []
 
@@ -22,7 +23,9 @@ class Generation:
     def __init__(self, parameters: list[Tensor] | None) -> None:
         self._parameters = None if parameters is None else {id(parameter) for parameter in parameters}
         self._keep = parameters  # ids stay valid as long as the tensors live
+        self._thread = threading.get_ident()
         self._number = next(_numbers)
+        self._ticket = 0
         self._steps: dict[int, int] = {}
         self._stream: int | None = None
         self._clocks: list[Tensor] = []
@@ -30,7 +33,8 @@ class Generation:
     def step(self, stream: int = 0) -> None:
         """Announce that the next call of the model is the next denoising step of guidance stream `stream`.
 
-        Needed only for models in which the report finds no clock; for all others it changes nothing.
+        Needed only for models in which the report finds no clock; for all others it changes nothing. One announcement
+        is good for one call: a call that was not announced uses no state.
 
         Raises:
             ValueError: `stream` is negative.
@@ -38,13 +42,18 @@ class Generation:
         if isinstance(stream, bool) or not isinstance(stream, int) or stream < 0:
             raise ValueError(f"stream is {stream!r}; allowed: an integer >= 0")
         self._steps[stream] = self._steps.get(stream, -1) + 1
-        self._stream = stream
+        self._stream, self._ticket = stream, next(_tickets)
         for clock in self._clocks:
             self._write(clock)
 
     def covers(self, anchor: Tensor) -> bool:
-        """Whether this generation speaks for the model that parameter `anchor` belongs to."""
-        return self._parameters is None or id(anchor) in self._parameters
+        """Whether this generation speaks for the model that parameter `anchor` belongs to.
+
+        One that names no model speaks for all that its own thread runs.
+        """
+        if self._parameters is None:
+            return self._thread == threading.get_ident()
+        return id(anchor) in self._parameters
 
     def attach(self, clock: Tensor) -> None:
         """Keep `clock` up to date from now on."""
@@ -69,39 +78,41 @@ class Generation:
             self._write(clock)
 
     def _write(self, clock: Tensor) -> None:
-        header = clock_header(self._number, self._stream, self._steps)
+        header = clock_header(self._number, self._stream, self._steps, self._ticket)
         with torch.inference_mode(False), torch.no_grad():
             clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32), non_blocking=True)
 
 
-def clock_header(number: int, stream: int | None, steps: dict[int, int]) -> list[int]:
-    """First words of a clock that is announced rather than advanced."""
-    header = [0] * (ANNOUNCED + 1)
+def clock_header(number: int, stream: int | None, steps: dict[int, int], ticket: int) -> list[int]:
+    """First words of a clock that is announced rather than advanced, up to the one that the calls write."""
+    header = [0] * USED_TICKET
     header[GENERATION] = number
     header[STEP] = steps.get(stream, 0) if stream is not None else 0
     header[ANNOUNCED] = 0 if stream is None else min(stream, 2**30) + 1  # such a stream has no slot, hence no state
+    header[TICKET] = ticket
     return header
 
 
 def read_announced(clock: Tensor, max_streams: int) -> Tensor:
     """In-graph counterpart of `clock.advance` for announced generations; same result, int32 `[NOW_WORDS]`."""
     generation, step = clock[GENERATION], clock[STEP]
-    slot = clock[ANNOUNCED] - 1
-    slot = torch.where(slot < max_streams, slot, -1)
+    slot, announced = clock[ANNOUNCED] - 1, clock[TICKET] != clock[USED_TICKET]
+    slot = torch.where(announced & (slot < max_streams), slot, -1)
     epoch = generation * max_streams + slot + 1
     taken = torch.arange(max_streams, dtype=torch.int32, device=clock.device) == slot
     table = slot_table(clock, max_streams)
     rows = torch.stack([generation, step, epoch])[:, None].expand(3, max_streams)
     table.copy_(torch.where(taken, rows, table))
     now = torch.stack([epoch, step, slot, generation]).to(torch.int32)
+    clock[USED_TICKET].copy_(clock[TICKET])
     assert now.shape == (NOW_WORDS,)
     return now
 
 
-def active_generation(anchor: Tensor | None = None) -> Generation | None:
-    """The innermost active generation (that covers `anchor`), or None."""
+def active_generation(anchors: Sequence[Tensor]) -> Generation | None:
+    """The innermost active generation that covers one of `anchors`, parameters of a model; or None."""
     with _lock:
-        covering = [g for g in _active if anchor is None or g.covers(anchor)]
+        covering = [g for g in _active if any(map(g.covers, anchors))]
         return covering[-1] if covering else None
 
 

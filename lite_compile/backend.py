@@ -18,8 +18,8 @@ from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import AttentionSite, find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs
-from .passes.graph_inputs import copy_graph, fake_value, placeholders
-from .passes.insert_step_guard import insert_step_guard
+from .passes.graph_inputs import copy_graph, fake_value, placeholders, real_parameters
+from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -83,7 +83,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     graph.graph.lint()
     graph.recompile()
     source = clock if isinstance(clock, ClockSource) else None
-    state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, settings.names)
+    words = clock_length(clock, settings.max_streams)
+    state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, words, settings.names)
     return graph, state, report
 
 
@@ -92,12 +93,12 @@ def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[C
     inputs = find_clock_inputs(graph, sites)
     if isinstance(inputs, ClockInputs):
         return inputs, str(inputs)
-    if active_generation() is not None:
-        return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
     root = find_root()
-    if isinstance(root, str):
-        return None, f"{inputs}; {root}"
-    return ClockSource.ROOT, describe_root(root)
+    if not isinstance(root, str):
+        return ClockSource.ROOT, describe_root(root)
+    if active_generation(real_parameters(graph.graph)) is not None:
+        return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
+    return None, f"{inputs}; {root}"
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:

@@ -12,14 +12,20 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Words of the header.
-GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, ANNOUNCED = range(10)
+# Words of the header. The last three are `announce`'s.
+GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED = range(10)
+ANNOUNCED, TICKET, USED_TICKET = 10, 11, 12
 _HEADER = 16
 
 LATENT_SAMPLES = 4096
-CONDITION_GROUPS, PROJECTIONS = 16, 4
+PROJECTIONS = 4
+CONDITION_WORDS = 2 * PROJECTIONS
+"""int32 words of the fingerprint of one input: float64 projections."""
+_DIGIT = 4093
 _HASHES = ((5471, 7919, 3571, 8191), (3571, 2741, 6007, 8179), (7001, 5323, 4211, 8171), (1993, 6151, 7489, 8167))
-CONDITION_WORDS = 2 * CONDITION_GROUPS * PROJECTIONS
+"""Per projection: multipliers for the three base-`_DIGIT` digits of a position, and a prime modulus above them."""
+_LARGE, _LARGE_CODE, _NAN_CODE = 2.0**40, 4096.0, 3000.5
+"""Numbers beyond `_LARGE` count as `_LARGE_CODE` plus their log2, so that a mask of infinities hides nothing else."""
 
 NEXT_STEP_COSINE = 0.5
 """Latents of consecutive steps correlate better in runs of eight steps or more; unrelated ones stay within +-0.3."""
@@ -29,9 +35,9 @@ MAX_ENTRIES = 32
 """Batch entries are judged one by one; of more than this many, neighbours are judged together."""
 
 
-def clock_words(max_streams: int) -> int:
-    """Length of the int32 clock tensor."""
-    return _HEADER + 3 * max_streams + 2 * LATENT_SAMPLES + max_streams * CONDITION_WORDS
+def clock_words(max_streams: int, conditions: int) -> int:
+    """Length of the int32 tensor of a clock that watches that many conditioning inputs."""
+    return _HEADER + 3 * max_streams + 2 * LATENT_SAMPLES + max_streams * max(1, conditions) * CONDITION_WORDS
 
 
 def slot_table(clock: Tensor, max_streams: int) -> Tensor:
@@ -54,25 +60,30 @@ def sample(x: Tensor, count: int) -> Tensor:
 
 
 def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -> Tensor:
-    """Fingerprint of a call's conditioning: int32 `[CONDITION_WORDS]`, projections of every element in float64.
+    """Fingerprint of a call's conditioning: `CONDITION_WORDS` int32 per input, projections of every element in float64.
 
     Prompts that differ in their last word differ in one token out of hundreds, so samples would not do.
     """
-    groups = [torch.zeros(PROJECTIONS, dtype=torch.float64, device=device)] * CONDITION_GROUPS
-    for number, condition in enumerate(conditions):
+    fingerprints = []
+    for condition in conditions or (0,):
         if not isinstance(condition, Tensor):
             condition = torch.full((1,), condition, dtype=torch.float64, device=device)
         if condition.is_complex():
             condition = torch.view_as_real(condition.resolve_conj())
-        flat = condition.to(device).reshape(-1).to(torch.float64)
+        flat = _tame(condition.to(device).reshape(-1).to(torch.float64))
         index = torch.arange(flat.shape[0], device=device)
-        # The position as three digits. A weight is a linear hash of them modulo a prime that is larger than any digit,
-        # another prime per projection, in products that fit 32 bits: Inductor computes indices in no more.
-        low, middle, high = index % 4093, index // 4093 % 4093, index // (4093 * 4093)
-        hashed = [(low * a + middle * b + high * c + number * 6673) % p for a, b, c, p in _HASHES]
-        sums = [((h.to(torch.float64) + 1) * flat).sum() for h in hashed]
-        groups[number % CONDITION_GROUPS] = groups[number % CONDITION_GROUPS] + torch.stack(sums)
-    return torch.cat(groups).view(torch.int32)
+        # A weight is a linear hash of the position's digits, in products that fit 32 bits: Inductor has no more.
+        low, middle, high = index % _DIGIT, index // _DIGIT % _DIGIT, index // (_DIGIT * _DIGIT)
+        hashed = [(low * a + middle * b + high * c) % p for a, b, c, p in _HASHES]
+        fingerprints.append(torch.stack([((h.to(torch.float64) + 1) * flat).sum() for h in hashed]))
+    return torch.cat(fingerprints).view(torch.int32)
+
+
+def _tame(x: Tensor) -> Tensor:
+    """`x` (float64) with numbers that would swallow all others in a sum replaced by small ones that still tell them."""
+    size = x.abs().clamp(max=torch.finfo(torch.float64).max)
+    x = torch.where(size > _LARGE, x.sign() * (_LARGE_CODE + size.clamp(min=1.0).log2()), x)
+    return torch.where(x.isnan(), _NAN_CODE, x)
 
 
 def correlate(now: Tensor, last: Tensor, latents: Tensor) -> Tensor:
@@ -100,14 +111,17 @@ def advance(
 
     - *Same step, next guidance stream*: the latents equal the previous call's, and so does the timestep.
     - *Next step*: the latents of every batch entry moved but still correlate with the previous call's, the timestep
-      fell (or is evaluated a second time), and this is not where the generation started.
-    - *New generation*: anything else, or a reset asked for by the user. All masks are void.
+      fell, and this is not where the generation started.
+    - *Undecided*: the latents moved a little while the timestep stood still. A second evaluation at one time (Heun,
+      rounded timesteps) looks like this, and so does a prompt that was mixed into the latents: the call uses no state.
+    - *New generation*: anything else, a first step that comes again, or a reset asked for by the user. All masks are
+      void.
 
     A stream is known by its conditioning, every input of the graph that is neither latents, timestep nor a parameter: a
     mask is never used under another prompt. Calls of one step with equal conditioning are told apart by their order.
 
     Args:
-        clock: int32 `[clock_words(max_streams)]`.
+        clock: int32 `[clock_words(max_streams, len(conditions))]`.
         latents: the noisy input of the model, any shape.
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
         conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
@@ -118,8 +132,8 @@ def advance(
     slots = slot_table(clock, max_streams)
     slot_generation, slot_step, slot_epoch = slots[0], slots[1], slots[2]
     stored = clock[_HEADER + 3 * max_streams :].view(torch.float32)
-    last, first, rest = stored.split([LATENT_SAMPLES, LATENT_SAMPLES, max_streams * CONDITION_WORDS])
-    known = rest.view(torch.int32).view(max_streams, CONDITION_WORDS)
+    last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
+    known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
 
     now = sample(latents, LATENT_SAMPLES).to(clock.device)
     t = timestep.float().max().to(clock.device)
@@ -128,26 +142,32 @@ def advance(
 
     delta = t - last_t
     identical = (now == last).all()
-    bound = torch.where(delta == 0, SAME_TIMESTEP_COSINE, NEXT_STEP_COSINE)
+    cosine = correlate(now, last, latents)
+    moved = started & ~identical & (now != first).any()
+    moved = moved & torch.isfinite(t) & torch.isfinite(last_t) & torch.isfinite(now).all()
+    condition = identify(conditions, clock.device)
+    known_now = (known == condition).all(1)
+
+    next_step = moved & (delta < 0) & (cosine >= NEXT_STEP_COSINE)
     # A timestep may be evaluated twice, but not the first one of a generation: that would be a restart.
-    onwards = (delta < 0) | ((delta == 0) & (clock[STEP] > 0))
-    same_step = started & identical & (delta == 0)
-    next_step = started & ~identical & onwards & (now != first).any() & (correlate(now, last, latents) >= bound)
-    next_step = next_step & torch.isfinite(t) & torch.isfinite(last_t) & torch.isfinite(now).all()
-    new = ~(same_step | next_step)
+    again = moved & (delta == 0) & (cosine >= SAME_TIMESTEP_COSINE) & (clock[STEP] > 0)
+    # The first step under the same conditioning once more: a run that was aborted begins anew.
+    seen = (known_now & (slot_generation == clock[GENERATION]) & (slot_step == clock[STEP])).any()
+    same_step = started & identical & (delta == 0) & ~((clock[STEP] == 0) & seen)
+    undecided = again | (same_step & (clock[UNDECIDED] != 0))
+    new = ~(same_step | next_step | again)
 
     generation = clock[GENERATION] + new.int()
     step = torch.where(new, 0, clock[STEP] + next_step.int())
 
-    condition = identify(conditions, clock.device)
     number = torch.arange(max_streams, dtype=torch.int32, device=clock.device)
     current = slot_generation == generation
-    matches = current & (slot_step < step) & (known == condition).all(1)
+    matches = current & (slot_step < step) & known_now
     # A slot left out of the whole previous step may be taken over: its epoch changes, so its old mask is void.
     idle = current & (slot_step < step - 1)
     rank = torch.where(matches, 0, torch.where(~current, 1, torch.where(idle, 2, 3)))
     best = (rank * max_streams + number).min()
-    usable = best < 3 * max_streams
+    usable = (best < 3 * max_streams) & ~undecided
     slot = torch.where(usable, best % max_streams, -1).to(torch.int32)
     taken = number == slot
     fresh = usable & (best >= max_streams)
@@ -155,23 +175,21 @@ def advance(
     slot_epoch = torch.where(taken & fresh, epoch_count, slot_epoch)
     epoch = torch.where(taken, slot_epoch, 0).sum(dtype=torch.int32)
 
-    header = torch.stack(
-        [
-            generation,
-            step,
-            slot,
-            clock[CALLS] + 1,
-            clock[DENSE_CALLS] + (slot < 0).int(),
-            torch.zeros_like(step),
-            t.view(torch.int32),
-            torch.full_like(step, latents.numel() % 2**31),
-            epoch_count,
-        ]
-    ).to(torch.int32)
+    header = {
+        GENERATION: generation,
+        STEP: step,
+        SLOT: slot,
+        CALLS: clock[CALLS] + 1,
+        DENSE_CALLS: clock[DENSE_CALLS] + (slot < 0).int(),
+        RESET: torch.zeros_like(step),
+        TIMESTEP: t.view(torch.int32),
+        NUMEL: torch.full_like(step, latents.numel() % 2**31),
+        EPOCH: epoch_count,
+        UNDECIDED: undecided,
+    }
     updated = torch.cat(
         [
-            header,
-            clock[len(header) : _HEADER],
+            torch.stack([header.get(word, clock[word]).to(torch.int32) for word in range(_HEADER)]),
             torch.where(taken, generation, slot_generation).to(torch.int32),
             torch.where(taken, step, slot_step).to(torch.int32),
             slot_epoch.to(torch.int32),

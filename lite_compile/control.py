@@ -28,8 +28,9 @@ def reset(model: nn.Module | None = None) -> None:
     """
     with torch.inference_mode(False), torch.no_grad():
         for binding in bindings(check_model(model)):
-            binding.clock[RESET].fill_(1)
-            restart(binding.clock)
+            with binding.lock:
+                binding.clock[RESET].fill_(1)
+                restart(binding.clock)
 
 
 @contextmanager

@@ -1,24 +1,25 @@
 """Where skip states and clocks live: with the model that a compiled graph is called for.
 
 A compiled graph serves many modules (parameters are graph inputs), and a module may be compiled several times, under
-other options or with other constants. State therefore belongs to one set of parameters *and* one graph text: a
-`Binding`. Compiling the same text again finds the same state. Parameters are held weakly: it dies with the model.
+other options or with other constants. State therefore belongs to one set of parameters and buffers *and* one graph
+text: a `Binding`. Compiling the same text again finds the same state. Parameters are held weakly: it dies with them.
 """
 
 from __future__ import annotations
 
+import itertools
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
-from .clock import clock_words
 from .skip_state import TileShape
 
 MAX_BINDINGS = 16
@@ -60,15 +61,24 @@ class LayerState:
 class Binding:
     """Clock and skip states of one model under one graph text."""
 
-    def __init__(self, graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device) -> None:
+    def __init__(self, graph_key: str, tensors: Sequence[Tensor], words: int, device: torch.device) -> None:
         self._graph_key = graph_key
-        self._tensors = [TensorWeakRef(tensor) for tensor in tensors]
+        self._ids = [id(tensor) for tensor in tensors]  # good for as long as none of them is gone
+        expire = partial(_expire, weakref.ref(self))
+        self._tensors = [weakref.ref(tensor, expire) for tensor in tensors]
         self._versions = _versions(tensors)
+        self.expired = False
+        """Whether a tensor is gone: its id may come back as another one's."""
         self._device = device
         self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
-        self.lock = threading.Lock()
+        self.lock = threading.RLock()
         """Held during a call: two threads that use one model take turns."""
-        self.clock = _zeros((clock_words(max_streams),), device)
+        self.clock = _zeros((words,), device)
+        self.rewrites = 0
+        """How often in a row the model had other contents than at its call before."""
+        self.calls = 0
+        self.last_call = 0
+        """Orders bindings by use: number of the last call, counted over all bindings."""
         self.names: tuple[str, ...] = ()
         """Qualified names of the layers, where the graph only knows the last part of them."""
         self.served = 0
@@ -78,14 +88,14 @@ class Binding:
 
     def serves(self, graph_key: str, tensors: Sequence[Tensor]) -> bool:
         """Whether this is the graph, and these are the parameters and buffers that identify the model."""
-        return graph_key == self._graph_key and all(ref() is x for ref, x in zip(self._tensors, tensors, strict=True))
+        return graph_key == self._graph_key and not self.expired and list(map(id, tensors)) == self._ids
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
         return self._versions == _versions(tensors)
 
     def belongs_to(self, parameters: set[int]) -> bool:
-        """Whether a rewritten layer of this model has one of these parameters (by id)."""
+        """Whether the model has one of these parameters or buffers (by id)."""
         return any((tensor := ref()) is not None and id(tensor) in parameters for ref in self._tensors)
 
     def states(self, specs: tuple[LayerSpec, ...]) -> list[LayerState]:
@@ -104,7 +114,7 @@ class Binding:
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""
         anchor = self._tensors[0]()
-        generation = None if anchor is None else active_generation(anchor)
+        generation = None if anchor is None else active_generation([anchor])
         if generation is not None:
             generation.attach(self.clock)
 
@@ -121,25 +131,46 @@ class Binding:
         """The states for all shapes, the most recently used shape first."""
         return [state for states in reversed(list(self._states.values())) for state in states]
 
+    def weights(self) -> list[int]:
+        """Ids of the weights that identify the layers; none if the model is gone."""
+        layers = max(map(len, self._states), default=0)
+        return [] if self.expired else self._ids[:layers]
+
+
+def _expire(binding: weakref.ref[Binding], _: object) -> None:
+    if (found := binding()) is not None:
+        found.expired = True
+
 
 _registry: weakref.WeakSet[Binding] = weakref.WeakSet()
 _registry_lock = threading.RLock()
 _by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_calls = itertools.count(1)
 
 
-def find_binding(graph_key: str, tensors: Sequence[Tensor], max_streams: int, device: torch.device) -> Binding:
-    """The binding of the model that `tensors` identify, under the graph of that key; made on first use."""
+def find_binding(graph_key: str, tensors: Sequence[Tensor], words: int, device: torch.device) -> Binding:
+    """The binding of the model that `tensors` identify, under the graph of that key; made on first use.
+
+    Args:
+        tensors: weights of the graph's rewritten layers, in their order, and all other parameters and buffers.
+        words: length of the clock.
+    """
     with _registry_lock:
         candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
-        for binding in candidates:
-            if binding.serves(graph_key, tensors):
-                if binding.unchanged(tensors):
-                    return binding
-                candidates.remove(binding)
-                break
-        del candidates[: -MAX_BINDINGS + 1]
-        candidates.append(Binding(graph_key, tensors, max_streams, device))
-        return candidates[-1]
+        found = next((binding for binding in candidates if binding.serves(graph_key, tensors)), None)
+        rewrites = 0
+        if found is not None:
+            candidates.remove(found)
+            if not found.unchanged(tensors):
+                found, rewrites = None, found.rewrites + 1
+        if found is None:
+            found = Binding(graph_key, tensors, words, device)
+        found.rewrites = rewrites
+        found.calls += 1
+        found.last_call = next(_calls)
+        candidates[: -MAX_BINDINGS + 1] = []  # the least recently used go
+        candidates.append(found)
+        return found
 
 
 def bindings(model: nn.Module | None = None) -> list[Binding]:
@@ -153,12 +184,22 @@ def bindings(model: nn.Module | None = None) -> list[Binding]:
 
 
 def layer_states(model: nn.Module | None = None) -> list[LayerState]:
-    """The skip states of all models (None) or of one."""
-    return [state for binding in bindings(model) for state in binding.all_states()]
+    """The skip states of all models (None) or of one, of each layer those that were used last.
+
+    A layer that was compiled several times, under other options say, has others as well, which are not in use.
+    """
+    latest: dict[int, Binding] = {}
+    ordered = sorted(bindings(model), key=lambda binding: binding.last_call)
+    for binding in ordered:
+        latest |= dict.fromkeys(binding.weights(), binding)
+    return [state for b in ordered if any(x is b for x in latest.values()) for state in b.all_states()]
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return [tensor._version for tensor in tensors]
+    except RuntimeError:  # tensors made under inference mode have none
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from .clock import GENERATION, slot_table
+from .clock import CALLS, DENSE_CALLS, GENERATION, slot_table
 from .control import check_model
 from .decisions import format_table
 from .layer_state import LayerState, layer_states
@@ -26,6 +26,10 @@ class StreamStats:
     """Denoising steps seen in this generation."""
     generations: int
     """Generations that the model's clock has seen so far."""
+    calls: int
+    """Calls of the model that the clock has seen, in all generations and streams."""
+    dense_calls: int
+    """Those of them that could use no state: more streams than slots, second evaluations at one timestep, ..."""
     state_bytes: int
     """Memory of the layer's state for this input shape, all streams together."""
 
@@ -45,8 +49,11 @@ class Stats:
     def __str__(self) -> str:
         if not self.streams:
             return "liteattention: no attention state yet"
-        rows = [("layer", "stream", "density", "steps", "generations")]
-        rows += [(s.layer, str(s.stream), f"{s.density:.3f}", str(s.steps), str(s.generations)) for s in self.streams]
+        rows = [("layer", "stream", "density", "steps", "generations", "calls", "dense calls")]
+        rows += [
+            (s.layer, f"{s.stream}", f"{s.density:.3f}", *map(str, (s.steps, s.generations, s.calls, s.dense_calls)))
+            for s in self.streams
+        ]
         return "\n".join(format_table(rows))
 
 
@@ -77,8 +84,13 @@ def _streams(state: LayerState) -> list[StreamStats]:
     for slot in range(state.max_streams):
         header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()
         current = header[..., EPOCH_WORD] == slot_epoch[slot]
-        if slot_generation[slot] != generations or not bool(current.all()):
+        if not slot_epoch[slot] or slot_generation[slot] != generations or not bool(current.all()):
             continue  # this shape, or this stream, has not run in the current generation
         density = float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles
-        found.append(StreamStats(state.layer, slot, density, slot_step[slot] + 1, generations, state.state.nbytes))
+        calls, dense_calls = int(clock[CALLS]), int(clock[DENSE_CALLS])
+        found.append(
+            StreamStats(
+                state.layer, slot, density, slot_step[slot] + 1, generations, calls, dense_calls, state.state.nbytes
+            )
+        )
     return found

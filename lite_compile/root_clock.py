@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
 from .clock import RESET, advance, clock_words
@@ -54,6 +55,10 @@ class RootCall:
     arguments: ClockArguments
     number: int = field(default_factory=lambda: next(_numbers))
 
+    def clock(self, max_streams: int, device: torch.device) -> RootClock:
+        """The root's clock for that many streams."""
+        return self.root.clock(max_streams, len(self.arguments.conditions), device)
+
     @property
     def module(self) -> nn.Module:
         """The root itself."""
@@ -68,11 +73,11 @@ class RootCall:
 class RootClock:
     """A clock outside of the graphs, and where the current call stands by it."""
 
-    def __init__(self, max_streams: int, device: torch.device) -> None:
+    def __init__(self, max_streams: int, conditions: int, device: torch.device) -> None:
         self._max_streams = max_streams
         self._call = 0
         with torch.inference_mode(False):
-            self.clock = torch.zeros(clock_words(max_streams), dtype=torch.int32, device=device)
+            self.clock = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32, device=device)
             self.now = dense_now(device)
 
     def read(self, call: RootCall) -> Tensor:
@@ -92,18 +97,18 @@ class Root:
     """What the hooks on one module keep: its clocks, and the call that is running."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._clocks: dict[tuple[int, torch.device], RootClock] = {}
+        self._clocks: dict[tuple[int, int, torch.device], RootClock] = {}
         self.call: RootCall | None = None
         self._buffers = _versions(module)
         module.register_forward_pre_hook(_EnterHook(), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(), always_call=True)
 
-    def clock(self, max_streams: int, device: torch.device) -> RootClock:
-        """The clock for that many streams."""
-        found = self._clocks.get((max_streams, device))
-        if found is None:
-            found = self._clocks[max_streams, device] = RootClock(max_streams, device)
-        return found
+    def clock(self, max_streams: int, conditions: int, device: torch.device) -> RootClock:
+        """The clock for that many streams and conditioning inputs."""
+        key = (max_streams, conditions, device)
+        if key not in self._clocks:
+            self._clocks[key] = RootClock(*key)
+        return self._clocks[key]
 
     def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
         """A call begins. If another thread is in the middle of one, the new one goes without a clock."""
@@ -173,12 +178,17 @@ RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
 def find_root() -> RootFrame | str:
     """The innermost module above the running code whose call shows latents and a timestep; or why there is none.
 
-    Innermost, because a module around it may call it several times per call of its own, for guidance. Blocks pass
-    embeddings of two dimensions around as `timestep`; a module whose timestep has at most one comes first.
+    Innermost, because a module around it may call it several times per call of its own, for guidance; but outside of
+    what is compiled, where hooks would be traced instead of run. Blocks pass embeddings of two dimensions around as
+    `timestep`; a module whose timestep has at most one comes first.
     """
-    fallback: RootFrame | None = None
+    certain: list[RootFrame] = []
+    possible: list[RootFrame] = []
     missing = "no module above the compiled part was called with latents and a timestep by these names"
     for frame in _frames(sys._getframe(1)):
+        if _enters_compiled_code(frame):
+            certain.clear()
+            possible.clear()
         if frame.f_code is not _CALL:
             continue
         module, args, kwargs = (frame.f_locals[name] for name in ("self", "args", "kwargs"))
@@ -189,10 +199,9 @@ def find_root() -> RootFrame | str:
             missing = f"{type(module).__name__} was compiled by model.compile(), which hides its calls; "
             missing += "use torch.compile(model)"
             continue
-        if not isinstance(arguments.timestep, Tensor) or arguments.timestep.dim() <= 1:
-            return module, frame, args, kwargs
-        fallback = fallback or (module, frame, args, kwargs)
-    return fallback or missing
+        single = not isinstance(arguments.timestep, Tensor) or arguments.timestep.dim() <= 1
+        (certain if single else possible).append((module, frame, args, kwargs))
+    return next(iter(certain + possible), missing)
 
 
 def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:
@@ -282,6 +291,12 @@ def _calling_frame(module: nn.Module) -> FrameType | None:
     """The frame of the call of `module` whose hook is running."""
     is_call: Callable[[FrameType], bool] = lambda frame: frame.f_code is _CALL and frame.f_locals["self"] is module  # noqa: E731
     return next(filter(is_call, _frames(sys._getframe(1))), None)
+
+
+def _enters_compiled_code(frame: FrameType) -> bool:
+    """Whether this is the frame of Dynamo's that calls what was compiled."""
+    code = frame.f_code
+    return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
 
 
 def _frames(frame: FrameType | None) -> Iterator[FrameType]:

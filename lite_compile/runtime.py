@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import operator
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,11 +17,13 @@ from torch import Tensor, fx
 from .clock_source import ClockSource
 from .layer_state import Binding, LayerSpec, find_binding
 from .options import LayerNames
-from .passes.graph_inputs import fake_value, is_buffer, placeholders, source_name
+from .passes.graph_inputs import fake_value, is_buffer, is_parameter, placeholders, source_name
 from .passes.rewrite_attention import StateInput
 from .root_clock import current_call, dense_now, full_names
 
 Size = int | torch.SymInt
+MAX_REWRITES, MAX_FRESH = 16, 512
+"""So many calls in a row without any mask to use are no coincidence; one graph may serve a hundred blocks."""
 
 
 class SizeResolver:
@@ -65,13 +69,27 @@ def _evaluate(size: Size, substitution: dict[sympy.Symbol, sympy.Integer]) -> in
 
 
 def graph_key(graph: fx.Graph) -> str:
-    """Equal for graphs that compute the same: the text of the graph with its constants, and its inputs."""
-    digest = hashlib.sha256(graph.python_code("self").src.encode())
+    """Equal for graphs that compute the same: their text with constants and sub-graphs, and their inputs."""
+    digest = hashlib.sha256(_text(graph).encode())
     for node in placeholders(graph):
         value = fake_value(node)
         kind = (tuple(value.shape), value.dtype, value.device) if isinstance(value, torch.Tensor) else type(value)
         digest.update(f"{node.name} {source_name(node)} {kind}".encode())
     return digest.hexdigest()
+
+
+def _text(graph: fx.Graph) -> str:
+    """The code of a graph, of its sub-graphs (checkpoints, branches), and its tensor constants."""
+    parts = [graph.python_code("self").src]
+    owner = graph.owning_module
+    for node in graph.nodes:
+        if node.op in ("get_attr", "call_module") and owner is not None:
+            value = operator.attrgetter(str(node.target))(owner)
+            if isinstance(value, fx.GraphModule):
+                parts.append(_text(value.graph))
+            elif isinstance(value, torch.Tensor):
+                parts.append(f"{node.target} {id(value)}")
+    return "\n".join(parts)
 
 
 @dataclass(frozen=True)
@@ -83,6 +101,8 @@ class StateInputs:
     device: torch.device
     source: ClockSource | None
     """Who advances the clock; None: the graph itself."""
+    clock_words: int
+    """Length of the clock; 0 where it is not an input."""
     names: LayerNames
     """Which layers may use their state, if the names that the graph knows are parts of names."""
 
@@ -97,18 +117,21 @@ class StatefulGraph:
         self._key = graph_key(graph)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
-        self._names = state.names
+        self._names, self._clock_words = state.names, state.clock_words
         self._dense = dense_now(state.device)
-        # What identifies a model: the weights of its rewritten layers, and its buffers, which may hold conditioning.
+        # What identifies a model: the weights of its rewritten layers first, then all else that it is made of.
         self._identity = [position[layer.weight] for layer in state.layers]
-        self._identity += [index for index, node in enumerate(inputs) if is_buffer(node)]
+        owned = [index for index, node in enumerate(inputs) if is_parameter(node) or is_buffer(node)]
+        self._identity += [index for index in owned if index not in set(self._identity)]
+        self._fresh_in_a_row, self._warned = 0, False
         self._resolver = SizeResolver(inputs)
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
         self._specs: dict[tuple[tuple[int, ...], ...], tuple[LayerSpec, ...]] = {}
 
     def __call__(self, *args: Any) -> Any:
         tensors = [args[index] for index in self._identity]
-        binding = find_binding(self._key, tensors, self._max_streams, self._device)
+        binding = find_binding(self._key, tensors, self._clock_words, self._device)
+        self._warn_if_nothing_lasts(binding)
         with binding.lock:
             if self._source is ClockSource.ROOT:
                 clock = self._follow_root(binding)
@@ -124,7 +147,7 @@ class StatefulGraph:
         call = current_call()
         if call is None:
             return self._dense
-        root = call.root.clock(self._max_streams, self._device)
+        root = call.clock(self._max_streams, self._device)
         if binding.clock is not root.clock:
             binding.move_to(
                 root.clock, full_names(call.module, [layer for layer, _ in self._layers], binding.anchors())
@@ -134,6 +157,17 @@ class StatefulGraph:
             return self._dense
         binding.served = call.number
         return root.read(call)
+
+    def _warn_if_nothing_lasts(self, binding: Binding) -> None:
+        self._fresh_in_a_row = self._fresh_in_a_row + 1 if binding.calls == 1 else 0
+        if not self._warned and (binding.rewrites >= MAX_REWRITES or self._fresh_in_a_row >= MAX_FRESH):
+            self._warned = True
+            warnings.warn(
+                "liteattention: parameters or buffers of the model are replaced or written to at each call, so that no "
+                "skip mask lasts and attention stays dense. Keep what changes per call out of its buffers, and offload "
+                "whole models rather than single layers.",
+                stacklevel=3,
+            )
 
     def _resolve(self, args: Sequence[Any]) -> tuple[LayerSpec, ...]:
         resolved = self._resolver.resolve(self._sizes, args)

@@ -74,6 +74,14 @@ def is_buffer(node: fx.Node) -> bool:
     return "_buffers" in source_name(node)
 
 
+def real_parameters(graph: fx.Graph) -> list[torch.Tensor]:
+    """The parameters and buffers that the graph is being compiled for, as far as Dynamo still knows them."""
+    examples = [
+        getattr(n.meta.get("grapharg"), "example", None) for n in placeholders(graph) if is_parameter(n) or is_buffer(n)
+    ]
+    return [example for example in examples if isinstance(example, torch.Tensor)]
+
+
 def append_input(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
     """Append a graph input that holds state of ours: `value` is its fake tensor.
 

@@ -25,7 +25,7 @@ def insert_step_guard(
     Returns the node that says where the call stands, int32 `[NOW_WORDS]`.
     """
     with _fake_mode(gm):
-        fake_clock = torch.empty(clock_words(max_streams), dtype=torch.int32, device=device)
+        fake_clock = torch.empty(clock_length(source, max_streams), dtype=torch.int32, device=device)
         fake_now = torch.empty(NOW_WORDS, dtype=torch.int32, device=device)
     if source is ClockSource.ROOT:
         return append_input(gm.graph, "lite_now", fake_now)
@@ -39,6 +39,11 @@ def insert_step_guard(
     now.name = "now"
     now.meta["example_value"] = fake_now
     return now
+
+
+def clock_length(source: ClockInputs | ClockSource, max_streams: int) -> int:
+    """Words of the clock that a graph expects."""
+    return clock_words(max_streams, len(source.conditions) if isinstance(source, ClockInputs) else 0)
 
 
 def _fake_mode(gm: fx.GraphModule) -> FakeTensorMode:

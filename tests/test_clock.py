@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lite_compile.clock import EPOCH, advance, clock_words, identify, sample
+from lite_compile.clock import CONDITION_WORDS, EPOCH, advance, clock_words, identify, sample
 from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
 
 STREAMS = 4
@@ -17,8 +17,8 @@ STREAMS = 4
 class Clock:
     """A clock and the calls made so far."""
 
-    def __init__(self, max_streams: int = STREAMS) -> None:
-        self.state = torch.zeros(clock_words(max_streams), dtype=torch.int32)
+    def __init__(self, max_streams: int = STREAMS, conditions: int = 1) -> None:
+        self.state = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32)
         self.max_streams = max_streams
 
     def call(self, latents: Tensor, t: float | Tensor, *conditions: Tensor) -> tuple[int, int, int]:
@@ -59,8 +59,18 @@ def test_streams_keep_their_slot_when_their_order_changes() -> None:
 
 def test_equal_prompts_are_told_apart_by_order() -> None:
     clock, xs = Clock(), trajectory(0, TIMES)
-    for x, t in zip(xs, TIMES, strict=True):
+    # Twice the same at first cannot be told from a run that was aborted and begins anew.
+    assert [clock.call(xs[0], TIMES[0], P) for _ in range(2)] == [(1, 0, 0), (2, 0, 0)]
+    for x, t in zip(xs[1:], TIMES[1:], strict=True):
         assert [clock.call(x, t, P)[2] for _ in range(2)] == [0, 1]
+
+
+def test_an_aborted_run_that_begins_anew_is_a_new_generation() -> None:
+    """The same noise, prompts and timestep: the weights may have changed in between."""
+    clock, xs = Clock(), trajectory(0, TIMES)
+    for number in (1, 2, 3):
+        assert [clock.call(xs[0], TIMES[0], p) for p in (P, N)] == [(number, 0, 0), (number, 0, 1)]
+    assert clock.call(xs[1], TIMES[1], P) == (3, 1, 0)
 
 
 def test_timestep_turning_back_is_a_new_generation() -> None:
@@ -90,12 +100,22 @@ def test_rising_time_stays_dense() -> None:
     assert calls == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
 
 
-def test_second_evaluation_at_one_timestep_is_a_step() -> None:
+def test_second_evaluation_at_one_timestep_uses_no_state() -> None:
     """Heun evaluates each timestep but the first twice, on latents that differ a little."""
-    clock, (x, y, *_) = Clock(), trajectory(0, TIMES)
-    clock.call(x, 1000.0, P)
-    clock.call(y, 800.0, P)
-    assert clock.call(y + 0.02 * noise(9), 800.0, P) == (1, 2, 0)
+    clock, (x, y, z, *_) = Clock(), trajectory(0, TIMES)
+    for p in (P, N):
+        clock.call(x, 1000.0, p)
+    assert [clock.call(y, 800.0, p) for p in (P, N)] == [(1, 1, 0), (1, 1, 1)]
+    assert [clock.call(y + 0.02 * noise(9), 800.0, p) for p in (P, N)] == [(1, 1, -1), (1, 1, -1)]
+    assert [clock.call(z, 600.0, p) for p in (P, N)] == [(1, 2, 0), (1, 2, 1)]
+
+
+def test_prompts_mixed_into_the_latents_share_no_slot() -> None:
+    clock = Clock()
+    clock.call(trajectory(0, TIMES)[0], 1000.0, P)
+    for step, x in enumerate(trajectory(0, TIMES)[1:], 1):
+        assert clock.call(x + 0.1 * noise(7), TIMES[step], P) == (1, step, 0)
+        assert clock.call(x + 0.1 * noise(8), TIMES[step], P) == (1, step, -1)
 
 
 def test_first_timestep_again_on_other_latents_is_a_restart() -> None:
@@ -164,7 +184,23 @@ def test_prompts_that_differ_in_one_element_are_different() -> None:
     swapped = long[:, [1, 0, *range(2, 512)]]  # the same tokens in another order
     assert not torch.equal(identify([long], device), identify([swapped], device))
     assert not torch.equal(identify([long, P], device), identify([P, long], device))
-    assert identify([P] * 40, device).shape == identify([], device).shape
+    assert len(identify([P] * 40, device)) == 40 * CONDITION_WORDS
+
+
+@pytest.mark.parametrize("bad", [float("inf"), -float("inf"), float("nan"), torch.finfo(torch.float32).min])
+def test_masks_of_extreme_numbers_hide_nothing(bad: float) -> None:
+    device = torch.device("cpu")
+    mask = torch.zeros(1, 512)
+    mask[0, 400:] = bad
+    shorter = mask.clone()
+    shorter[0, 399] = bad
+    assert torch.equal(identify([mask], device), identify([mask.clone()], device))
+    assert not torch.equal(identify([mask], device), identify([shorter], device))
+    biased = mask.clone()
+    biased[0, 3] = 1e-3
+    assert not torch.equal(identify([mask], device), identify([biased], device))
+    others = [torch.ones(4)] * 20
+    assert not torch.equal(identify([P, *others, mask], device), identify([N, *others, mask], device))
 
 
 def test_fingerprints_do_not_collide() -> None:
@@ -229,7 +265,7 @@ def test_kinds_of_timestep(make: Callable[[float], Tensor]) -> None:
 
 
 def test_conditions_of_any_dtype_and_layout() -> None:
-    clock = Clock()
+    clock = Clock(conditions=4)
     conditions = (torch.ones(1, 8, dtype=torch.bool), torch.arange(8), P.transpose(1, 2), torch.zeros(0))
     assert clock.call(noise(1), 1000.0, *conditions) == (1, 0, 0)
 

@@ -32,12 +32,16 @@ def arguments(seed: int = 0, t: float = 1000.0) -> dict[str, Any]:
 def test_inference_mode_and_no_grad_share_the_state() -> None:
     model = tiny_wan()
     run = compiled(model)
-    with torch.inference_mode():
-        run(**arguments())
-    with torch.no_grad():
-        run(**arguments())
-    with torch.inference_mode():
-        run(**arguments())
+    for step, mode in enumerate((torch.inference_mode, torch.no_grad, torch.inference_mode)):
+        with mode():
+            call = arguments()
+            run(
+                **{
+                    **call,
+                    "hidden_states": call["hidden_states"] * (1 - 0.1 * step),
+                    "timestep": call["timestep"] - step,
+                }
+            )
     (stream, *_) = lite_compile.stats(model).streams
     assert stream.generations == 1
     assert not any(state.state.is_inference() for state in layer_states(model))
@@ -101,7 +105,9 @@ def test_compilations_with_other_options_share_nothing() -> None:
     denoise(bold, noise(0), [prompt(0)], 6)
     alone = denoise(compiled(tiny_wan(), threshold=-float("inf")), noise(0), [prompt(0)], 6)
     assert torch.equal(denoise(careful, noise(0), [prompt(0)], 6), alone)
-    assert sorted({s.density == 1.0 for s in lite_compile.stats(model).streams}) == [False, True]
+    assert {s.density for s in lite_compile.stats(model).streams} == {1.0}  # of the compilation that ran last
+    denoise(bold, noise(0), [prompt(0)], 6)
+    assert max(s.density for s in lite_compile.stats(model).streams) < 1
 
 
 def test_copies_do_not_share_a_mask() -> None:

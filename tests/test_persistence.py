@@ -166,6 +166,22 @@ def test_announced_generations_are_the_clock_where_there_is_none() -> None:
     assert "announced" in lite_compile.report().graphs[-1].clock
 
 
+def test_an_announcement_is_good_for_one_call() -> None:
+    model = NoClock()
+    cos, sin = tiny_wan(layers=1).rope(noise(0))
+    tokens = noise(0, (2, 1, 1024, 64))
+    run = compiled(model)
+    with torch.no_grad(), lite_compile.generation(model) as generation:
+        for _ in range(3):
+            generation.step()
+            run(tokens[0], cos, sin)
+            dense = model(tokens[1], cos, sin)  # another prompt, for which nobody announced a stream
+            assert (run(tokens[1], cos, sin) - dense).norm() < TOLERANCE * dense.norm()
+        (stream,) = lite_compile.stats(model).streams
+        assert (stream.stream, stream.steps) == (0, 3)
+        assert stream.density < 1
+
+
 def test_without_a_generation_a_model_without_a_clock_stays_dense() -> None:
     run = compiled(NoClock())
     cos, sin = tiny_wan(layers=1).rope(noise(0))

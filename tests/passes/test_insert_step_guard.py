@@ -29,7 +29,7 @@ def test_clock_is_advanced_once_before_anything_else() -> None:
         """\
 now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_prompt_], 3)""",
     )
-    assert fake_tensor(placeholders(gm.graph)[-1]).shape == (clock_words(3),)  # type: ignore[union-attr]
+    assert fake_tensor(placeholders(gm.graph)[-1]).shape == (clock_words(3, 1),)  # type: ignore[union-attr]
     assert now.prev is placeholders(gm.graph)[-1]
 
 
