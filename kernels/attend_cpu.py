@@ -1,12 +1,14 @@
 """Attention on the CPU that skips the key tiles its state marks, in plain torch.
 
-One tile of queries at a time: gather the kept tiles of K and V, one GEMM, the maximum of each tile, one softmax, one
-GEMM. `ops.attend_reference` is the specification; a run of tiles is decided about at once, after its GEMMs.
-Runs are independent and go to Python threads (`run_in_threads`), each of which computes with one thread.
+One group of query tiles at a time (`group_tiles`): gather the tiles of K and V that each of them keeps, one batched
+GEMM, the maximum of each tile, one softmax, one batched GEMM. `ops.attend_reference` is the specification; the groups
+of a job are decided about at once, after their GEMMs.
+Jobs are independent and go to Python threads (`run_in_threads`), each of which computes with one thread.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
@@ -30,6 +32,9 @@ from ..skip_state import (
 
 CPU_TILE = TileShape(128, 64)
 """Tile size on the CPU: the GEMMs lose a third of their speed at 64 query rows, and gain little above 128."""
+
+SCORES_AT_ONCE = 2**19
+"""Most scores in a group of several query tiles: 2 MiB in float32, about what the cache of a core holds."""
 
 
 class Plan(NamedTuple):
@@ -58,7 +63,7 @@ def plan_visits(rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, k_ti
 
 
 def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
-    """Write marks, anchors, count and epoch of a run of query tiles into its `rows` (int32 `[q_tiles, row_words]`).
+    """Write marks, anchors, count and epoch of some query tiles into their `rows` (int32 `[q_tiles, row_words]`).
 
     Args:
         maxima: `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
@@ -115,80 +120,113 @@ def attend_cpu(
     rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
     plan = plan_visits(rows, epoch, layout, first_tile(torch.arange(q_tiles), q_len, k_len, tile), k_tiles)
 
-    def attend_run(b: int, h: int, tiles: range) -> None:
-        inside = slice(tiles.start * tile.q, min(tiles.stop * tile.q, q_len))
-        run = Plan(*(field[b, h, tiles.start : tiles.stop] for field in plan))
-        logs = None if lse is None else lse[b, h, inside]
-        maxima = attend_tiles(q[b, h, inside], k[b, h], v[b, h], run, scale, tile, out[b, h, inside], logs)
+    def attend_job(b: int, h: int, groups: Sequence[Tensor]) -> None:
+        tiles = torch.cat(list(groups))
+        part = Plan(*(field[b, h, tiles] for field in plan))
+        logs = None if lse is None else lse[b, h]
+        maxima = attend_tiles(q[b, h], k[b, h], v[b, h], groups, part, scale, tile, out[b, h], logs)
         if recording:
-            record_tiles(rows[b, h, tiles.start : tiles.stop], maxima, run, epoch, layout, threshold * math.log(2))
+            recorded = rows[b, h, tiles]
+            record_tiles(recorded, maxima, part, epoch, layout, threshold * math.log(2))
+            rows[b, h, tiles] = recorded
 
-    # Several runs per thread even out their different densities.
-    length = max(1, min(q_tiles, batch * heads * q_tiles // (4 * torch.get_num_threads())))
-    runs = [range(start, min(start + length, q_tiles)) for start in range(0, q_tiles, length)]
-    run_in_threads([partial(attend_run, b, h, tiles) for b in range(batch) for h in range(heads) for tiles in runs])
+    # Several jobs per thread even out their different densities; each of them has to convert K and V.
+    jobs_per_head = max(1, 4 * torch.get_num_threads() // (batch * heads))
+    jobs = []
+    for b, h in itertools.product(range(batch), range(heads)):
+        groups = group_tiles(plan.computed[b, h], tile)
+        length = -(-len(groups) // jobs_per_head)
+        jobs += [partial(attend_job, b, h, groups[i : i + length]) for i in range(0, len(groups), length)]
+    run_in_threads(jobs)
+
+
+def group_tiles(computed: Tensor, tile: TileShape) -> list[Tensor]:
+    """Indices of the query tiles that are computed together, the fullest first; `computed`: key tiles each keeps.
+
+    Small operators leave the threads waiting for the interpreter's lock, so the fewer key tiles are kept, the more
+    query tiles share an operator. Groups do not depend on the number of threads, so neither do results.
+    """
+    descending, order = computed.sort(descending=True, stable=True)
+    counts, sizes, start = descending.tolist(), [], 0
+    while start < len(counts):
+        widest = counts[start]
+        fitting = max(1, SCORES_AT_ONCE // (tile.q * tile.k * max(1, widest)))
+        # All of a group are padded to its widest.
+        sizes.append(sum(8 * count >= 7 * widest for count in counts[start : start + fitting]))
+        start += sizes[-1]
+    return list(order.split(sizes))
+
+
+def pad_to_tiles(x: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
+    """`x` `[rows, D]` as tiles `[tiles + 1, tile * D]`, zeros in place of missing rows, all of the last tile's."""
+    length, dim = x.shape
+    padded = x.new_empty((tile_count(length, tile) + 1) * tile, dim, dtype=dtype)
+    padded[:length] = x
+    padded[length:] = 0
+    return padded.view(-1, tile * dim)
 
 
 def attend_tiles(
-    q: Tensor, k: Tensor, v: Tensor, plan: Plan, scale: float, tile: TileShape, out: Tensor, lse: Tensor | None
-) -> Tensor:
-    """Attention of a run of query tiles of one head, into `out` and `lse`.
+    q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Tensor], plan: Plan, scale: float, tile: TileShape,
+    out: Tensor, lse: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Attention of some query tiles of one head, into their rows of `out` and `lse`.
 
     Args:
-        q, out: `[rows, D]`; k, v: `[Sk, D]`; lse: `[rows]`.
-        plan: plan of these tiles, without the two leading dimensions.
+        q, out: `[Sq, D]`; k, v: `[Sk, D]`; lse: `[Sq]`.
+        groups: indices of query tiles, `n` in all, those computed together in one tensor.
+        plan: plan of these tiles in this order, without the two leading dimensions.
 
     Returns:
-        `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
+        `[n, tile_q, widest]`: tile maxima of each row over the kept tiles in ascending order, natural units.
     """
     (q_len, dim), (k_len, v_dim) = q.shape, v.shape
-    k_tiles = plan.skipped.shape[-1]
-    padding = k_tiles * tile.k - k_len
     # A bf16 GEMM gives bf16 scores, too coarse to decide by; for P @ V alone it gains too little to be worth its error.
     dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    queries = q.to(dtype) * scale
-    keys = q.new_zeros(k_tiles, tile.k * dim, dtype=dtype)
-    values = q.new_zeros(k_tiles, tile.k * v_dim, dtype=dtype)
-    keys.view(-1, dim)[:k_len] = k
-    values.view(-1, v_dim)[:k_len] = v
-    gathered_k, gathered_v = torch.empty_like(keys), torch.empty_like(values)
+    # The missing rows of a ragged last tile repeat its last row, which changes no decision.
+    row = (torch.cat(list(groups))[:, None] * tile.q + torch.arange(tile.q)).clamp(max=q_len - 1).flatten()
+    queries = (q.index_select(0, row).to(dtype) * scale).view(-1, tile.q, dim)
+    keys, values = pad_to_tiles(k, tile.k, dtype), pad_to_tiles(v, tile.k, dtype)
+    k_tiles = keys.shape[0] - 1
     counts = plan.computed.tolist()
-    widest = max(1, *counts)
-    score_buffer = q.new_empty(tile.q * widest * tile.k, dtype=dtype)
-    weighted = q.new_empty(q_len, v_dim, dtype=dtype)
-    logs = q.new_empty(q_len, dtype=dtype)
-    maxima = q.new_full((len(counts), tile.q, widest), -math.inf, dtype=dtype)
-    kept_tiles = torch.split((~plan.skipped).nonzero()[:, 1], counts)
-    query_tiles, weighted_tiles, log_tiles = (torch.split(x, tile.q) for x in (queries, weighted, logs))
-    for i, (kept, n) in enumerate(zip(kept_tiles, counts, strict=True)):
+    kept = torch.where(plan.skipped, k_tiles, torch.arange(k_tiles)).sort(-1).values  # filled up with the missing tile
+    stops = list(itertools.accumulate(map(len, groups)))
+    spans = list(zip([0, *stops], stops, strict=False))
+    largest = max((stop - start) * counts[start] for start, stop in spans)
+    gathered_k, gathered_v = keys.new_empty(largest, keys.shape[1]), values.new_empty(largest, values.shape[1])
+    score_buffer = queries.new_empty(largest * tile.q * tile.k)
+    weighted = queries.new_empty(len(counts), tile.q, v_dim)
+    logs = queries.new_empty(len(counts), tile.q)
+    maxima = queries.new_full((len(counts), tile.q, max(1, *counts)), -math.inf)
+    for start, stop in spans:
+        size, n, fewest = stop - start, counts[start], counts[stop - 1]
         if n == 0:  # only a hand-made state asks for an empty softmax
             continue
-        height, width = query_tiles[i].shape[0], n * tile.k
-        start, stop = int(kept[0]), int(kept[-1]) + 1
-        if stop - start == n:
-            tile_keys, tile_values = keys[start:stop], values[start:stop]
+        chosen, width = kept[start:stop, :n], n * tile.k
+        if fewest == k_tiles:
+            group_keys, group_values = keys[:-1], values[:-1]
         else:
-            tile_keys = torch.index_select(keys, 0, kept, out=gathered_k[:n])
-            tile_values = torch.index_select(values, 0, kept, out=gathered_v[:n])
-        scores = score_buffer[: height * width].view(height, width)
-        torch.mm(query_tiles[i], tile_keys.view(width, dim).T, out=scores)
-        if padding and stop == k_tiles:
-            scores[:, width - padding :] = -math.inf
-        row_maxima = maxima[i, :height, :n]
-        torch.amax(scores.view(height, n, tile.k), -1, out=row_maxima)
+            indices = chosen.flatten()
+            group_keys = torch.index_select(keys, 0, indices, out=gathered_k[: size * n])
+            group_values = torch.index_select(values, 0, indices, out=gathered_v[: size * n])
+        scores = score_buffer[: size * tile.q * width].view(size, tile.q, width)
+        torch.matmul(queries[start:stop], group_keys.view(-1, width, dim).mT, out=scores)
+        if fewest < n or k_len % tile.k:  # missing keys come last, the first of them in the last tile of the fewest
+            tail = max(fewest - 1, 0)
+            missing = chosen[:, tail:, None] * tile.k + torch.arange(tile.k) >= k_len
+            scores[..., tail * tile.k :].masked_fill_(missing.view(size, 1, -1), -math.inf)
+        row_maxima = torch.amax(scores.view(size, tile.q, n, tile.k), -1)
+        maxima[start:stop, :, :n] = row_maxima
         torch.softmax(scores, -1, out=scores)
         if lse is not None:  # the largest weight of a row is exp(0) / sum
-            torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=log_tiles[i])
-        torch.mm(scores, tile_values.view(width, v_dim), out=weighted_tiles[i])
-    empty = (maxima.amax(-1) == -math.inf).flatten()[:q_len]
+            torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=logs[start:stop])
+        torch.matmul(scores, group_values.view(-1, width, v_dim), out=weighted[start:stop])
+    empty = maxima.amax(-1) == -math.inf
     if empty.any():
         weighted[empty], logs[empty] = 0.0, -math.inf
-    out.copy_(weighted)
+    out.index_copy_(0, row, weighted.flatten(0, 1).to(out.dtype))
     if lse is not None:
-        lse.copy_(logs)
-    # The missing rows of a ragged last tile repeat its last row, which changes no decision.
-    last = query_tiles[-1].shape[0]
-    maxima[-1, last:] = maxima[-1, last - 1].clone()
+        lse.index_copy_(0, row, logs.flatten().to(lse.dtype))
     return maxima
 
 
@@ -201,13 +239,11 @@ def run_in_threads(jobs: Sequence[Callable[[], None]]) -> None:
     The threads of one torch operator wait for each other at its end. The jobs are made of thousands of small operators,
     which on a busy machine would wait most of the time; whole jobs wait once.
     """
-    count = min(torch.get_num_threads(), len(jobs))
-    # `set_num_threads` is in part global, so only one caller at a time may change it; another one does without.
-    if count == 1 or not _threads_in_use.acquire(blocking=False):
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    if threads == 1:
         for job in jobs:
             job()
         return
-    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
     pending, errors = iter(jobs), []
 
     def work() -> None:
@@ -218,16 +254,18 @@ def run_in_threads(jobs: Sequence[Callable[[], None]]) -> None:
         except BaseException as error:
             errors.append(error)
 
-    helpers = [threading.Thread(target=work) for _ in range(count - 1)]
-    try:
-        torch.set_num_threads(1)
-        for helper in helpers:
-            helper.start()
-        work()
-        for helper in helpers:
-            helper.join()
-    finally:
-        torch.set_num_threads(threads)
-        _threads_in_use.release()
+    helpers = [threading.Thread(target=work) for _ in range(min(threads, len(jobs)) - 1)]
+    # `set_num_threads` is in part global, so only one caller at a time may change it. A single job needs it as well:
+    # a GEMM of several threads may sum in another order.
+    with _threads_in_use:
+        try:
+            torch.set_num_threads(1)
+            for helper in helpers:
+                helper.start()
+            work()
+            for helper in helpers:
+                helper.join()
+        finally:
+            torch.set_num_threads(threads)
     if errors:
         raise errors[0]

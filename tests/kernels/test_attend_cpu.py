@@ -308,6 +308,42 @@ def test_lse_is_optional_and_runs_repeat_bit_for_bit() -> None:
     assert torch.equal(outs[0][1], with_lse)
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 100, 4096), (1, 1, 1000, 700), (2, 3, 640, 512)], ids=str)
+def test_results_do_not_depend_on_the_number_of_threads(shape: tuple[int, int, int, int]) -> None:
+    q, k, v = clustered(*shape, 64)
+    results = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        state = fresh_state(q, k, CPU_TILE)
+        for _ in range(3):
+            out, lse = call(q, k, v, state, now_at(), 0.125, threshold_between(60, 0.125), CPU_TILE)
+        results.append((out, lse, state))
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_tiles_with_different_counts_share_operators_only() -> None:
+    """A query tile that keeps fewer key tiles than its neighbours sees nothing of those that it skips."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 1, length, 16) for length in (256, 250, 250))
+    state, layout, k_tiles = fresh_state(q, k, SMALL), row_layout(16), 16
+    counts = torch.tensor([16, 15, 14, 9, 8, 1, 0, 0])
+    skipped = torch.rand(8, k_tiles).argsort(-1) >= counts[:, None]
+    skipped[:6, 4], skipped[:6, 7] = False, True
+    state[..., EPOCH_WORD] = 1
+    state[..., layout.mask_start :] = pack_bits(skipped, layout.mask_words)
+    v[0, 0, 7 * SMALL.k] = math.inf
+    k[0, 0, 7 * SMALL.k + 1] = math.nan
+    out, lse = call(q, k, v, state, now_at(), 0.25, -math.inf, SMALL)
+    keep = ~skipped.repeat_interleave(SMALL.q, 0).repeat_interleave(SMALL.k, 1)[:192, :250]
+    scores = (q[0, 0, :192].double() @ k[0, 0].double().mT * 0.25).masked_fill(~keep, -math.inf)
+    expected = torch.softmax(scores, -1) @ v[0, 0].double().nan_to_num(posinf=0.0)
+    torch.testing.assert_close(out[0, 0, :192].double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(lse[0, 0, :192].double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-6)
+    assert not out[0, 0, 192:].any()
+    assert (state[0, 0, 0, :, COMPUTED_WORD] == (~skipped).sum(-1)).all()
+
+
 def layout_ends(tiles: Tensor, k_tiles: int) -> Tensor:
     return (tiles == 0) | (tiles == k_tiles - 1)
 
