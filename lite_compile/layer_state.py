@@ -162,7 +162,8 @@ def find_binding(graph_key: str, tensors: Sequence[Tensor], words: int, device: 
         if found is not None:
             candidates.remove(found)
             if not found.unchanged(tensors):
-                found, rewrites = None, found.rewrites + 1
+                rewrites = found.rewrites + 1
+                found = None
         if found is None:
             found = Binding(graph_key, tensors, words, device)
         found.rewrites = rewrites

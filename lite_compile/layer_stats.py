@@ -49,11 +49,10 @@ class Stats:
     def __str__(self) -> str:
         if not self.streams:
             return "liteattention: no attention state yet"
-        rows = [("layer", "stream", "density", "steps", "generations", "calls", "dense calls")]
-        rows += [
-            (s.layer, f"{s.stream}", f"{s.density:.3f}", *map(str, (s.steps, s.generations, s.calls, s.dense_calls)))
-            for s in self.streams
-        ]
+        rows: list[tuple[str, ...]] = [("layer", "stream", "density", "steps", "generations", "calls", "dense calls")]
+        for s in self.streams:
+            counts = map(str, (s.steps, s.generations, s.calls, s.dense_calls))
+            rows.append((s.layer, str(s.stream), f"{s.density:.3f}", *counts))
         return "\n".join(format_table(rows))
 
 
