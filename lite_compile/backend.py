@@ -17,8 +17,8 @@ from .errors import UnsupportedAttentionError
 from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import AttentionSite, find_attention
-from .passes.find_clock_inputs import ClockInputs, find_clock_inputs
-from .passes.graph_inputs import copy_graph, fake_value, placeholders
+from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
+from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders
 from .passes.insert_step_guard import insert_step_guard
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
@@ -89,14 +89,17 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
 
 def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[ClockInputs | ClockSource | None, str]:
     """Where the graph's clock reads, or None; and the report's line about it."""
-    inputs = find_clock_inputs(graph, sites)
+    unreadable = find_unreadable(graph)
+    inputs = unreadable or find_clock_inputs(graph, sites)
     if isinstance(inputs, ClockInputs):
         return inputs, str(inputs)
+    if NESTED in inputs:  # nor can the sizes of the states be read from the inputs of a call
+        return None, inputs
     if active_generation() is not None:
         return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
-    root = find_root()
+    root = find_root() if unreadable is None else ""
     if isinstance(root, str):
-        return None, f"{inputs}; {root}"
+        return None, "; ".join(filter(None, (inputs, root)))
     return ClockSource.ROOT, describe_root(root)
 
 

@@ -27,6 +27,8 @@ class Reason(Enum):
     GRAD = "needs gradients"
     DTYPE = "dtype"
     HEAD_DIM = "head dim"
+    SIZE = "size is zero or known only at run time"
+    SUBCLASS = "tensor subclass"
     DEVICE = "unsupported device"
     NO_IDENTITY = "no parameter identifies the layer"
     NO_CLOCK = "no clock"
