@@ -18,6 +18,7 @@ from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import AttentionSite, find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
+from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders
 from .passes.insert_step_guard import insert_step_guard
 from .passes.report_attention import report_attention
@@ -73,6 +74,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     clock, description = find_clock(graph, sites)
     # A block does not know what it is called in the model: there, `layers` waits until it runs.
     known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
+    sites += find_nested_attention(graph)
     decisions = decide_attention(sites, description if clock is None else None, known)
     report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]

@@ -30,6 +30,7 @@ class Reason(Enum):
     SIZE = "size is zero or known only at run time"
     SUBCLASS = "tensor subclass"
     DEVICE = "unsupported device"
+    SUBGRAPH = "inside of a sub-graph"
     NO_IDENTITY = "no parameter identifies the layer"
     NO_CLOCK = "no clock"
 

@@ -113,6 +113,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     kernel = select_kernel(q.device, q.dtype, dim)
     if isinstance(kernel, str):
         return Decline(site, Reason.DEVICE, kernel)
+    if site.in_subgraph:
+        return Decline(site, Reason.SUBGRAPH, "of a higher-order operator (nested_compile_region, checkpoint, cond)")
     if missing_clock is not None:
         return Decline(
             site, Reason.NO_CLOCK, missing_clock if NESTED in missing_clock else f"{missing_clock}; {_ANNOUNCE}"
