@@ -8,15 +8,17 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import inspect
 import logging
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from arguments import at_least
 from demo_pictures import draw_density, draw_skip_mask, save_frames
 from diffusers import DiffusionPipeline
 from generation import Job, Run, density_table
@@ -91,21 +93,6 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """argparse type: an integer from `minimum` on."""
-
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = minimum - 1
-        if value < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not an integer >= {minimum}")
-        return value
-
-    return parse
-
-
 def trained_job(args: argparse.Namespace, device: torch.device) -> Job:
     """The small trained model that ships with the repository."""
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -160,7 +147,7 @@ def relative_l2(actual: Tensor, expected: Tensor) -> float:
 def never_skipping(job: Job) -> float:
     """Relative L2 between one call of the model through our op with `threshold=-inf` and the plain model."""
     torch._dynamo.reset()
-    model: Any = job.denoisers["transformer"]
+    model: Any = copy.deepcopy(job.denoisers["transformer"])
     embeds, _ = job.pipe.encode_prompt(job.arguments["prompt"], do_classifier_free_guidance=False)
     size = job.arguments["height"] // job.pipe.vae_scale_factor_spatial
     shape = (1, model.config.in_channels, job.arguments["num_frames"] + 1, size, size)
@@ -223,8 +210,8 @@ def save_files(job: Job, dense: Run, sparse: Run, folder: Path) -> list[Path]:
 
 def draw_mask_of(job: Job, layer: str, stream: int, path: Path) -> Path:
     """The skip mask that `layer` ended with."""
-    states = [state for model in job.denoisers.values() for state in layer_states(model) if state.layer == layer]
-    state = max(states, key=lambda s: int(skip_mask(s, stream).sum()))  # the check with threshold=-inf left one without
+    states = (state for model in job.denoisers.values() for state in layer_states(model) if state.layer == layer)
+    state = max(states, key=lambda s: int(skip_mask(s, stream).sum()))
     return draw_skip_mask(skip_mask(state, stream)[0], f"{layer}, stream {stream}", tuple(state.spec.tile), path)
 
 

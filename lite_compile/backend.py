@@ -17,8 +17,9 @@ from .errors import UnsupportedAttentionError
 from .options import Options
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import AttentionSite, find_attention
-from .passes.find_clock_inputs import ClockInputs, find_clock_inputs
-from .passes.graph_inputs import copy_graph, fake_value, placeholders, real_parameters
+from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
+from .passes.find_nested_attention import find_nested_attention
+from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
@@ -73,6 +74,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     clock, description = find_clock(graph, sites)
     # A block does not know what it is called in the model: there, `layers` waits until it runs.
     known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
+    sites += find_nested_attention(graph)
     decisions = decide_attention(sites, description if clock is None else None, known)
     report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
@@ -90,15 +92,18 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
 
 def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[ClockInputs | ClockSource | None, str]:
     """Where the graph's clock reads, or None; and the report's line about it."""
-    inputs = find_clock_inputs(graph, sites)
+    unreadable = find_unreadable(graph)
+    inputs = unreadable or find_clock_inputs(graph, sites)
     if isinstance(inputs, ClockInputs):
         return inputs, str(inputs)
-    root = find_root()
+    if NESTED in inputs:  # nor can the sizes of the states be read from the inputs of a call
+        return None, inputs
+    root = find_root() if unreadable is None else ""
     if not isinstance(root, str):
         return ClockSource.ROOT, describe_root(root)
     if active_generation(real_parameters(graph.graph)) is not None:
         return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
-    return None, f"{inputs}; {root}"
+    return None, "; ".join(filter(None, (inputs, root)))
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:

@@ -27,7 +27,10 @@ class Reason(Enum):
     GRAD = "needs gradients"
     DTYPE = "dtype"
     HEAD_DIM = "head dim"
+    SIZE = "size is zero or known only at run time"
+    SUBCLASS = "tensor subclass"
     DEVICE = "unsupported device"
+    SUBGRAPH = "inside of a sub-graph"
     NO_IDENTITY = "no parameter identifies the layer"
     NO_CLOCK = "no clock"
 

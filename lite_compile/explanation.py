@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from types import FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import is_nested_int
 
 from .backend import rewrite_graph
 from .decisions import GraphReport, Report
 from .options import Options
-from .passes.graph_inputs import fake_value, placeholders
+from .passes.graph_inputs import fake_value, follow_from_inputs, placeholders
 from .runtime import SizeResolver
 
 _numbers = itertools.count()
+_UNKNOWN = 1
+"""Stands for a size that data decide."""
 
 
 def explain(
@@ -25,8 +29,8 @@ def explain(
     """Capture `model(*args, **kwargs)` under `torch.no_grad()` and decide about its attention; no tensor is computed.
 
     Each captured graph returns uninitialised outputs of the right shape, so that Python code between two graphs goes
-    on, and does to Python objects what it does in any call. Nothing else is remembered: `report()` and later
-    compilations are as if `explain` had not been called.
+    on, and does to Python objects what it does in any call, hooks of the model included. Nothing else is remembered:
+    `report()` and later compilations are as if `explain` had not been called.
 
     Args:
         model: a module or function, compiled or not.
@@ -45,10 +49,28 @@ def explain(
     if not callable(model):
         raise TypeError(f"model is {model!r} ({type(model).__name__}); allowed: a torch.nn.Module or a function")
     original = getattr(model, "_orig_mod", model)
-    function = original.forward if isinstance(original, torch.nn.Module) else original
-    with torch.no_grad():
-        torch.compile(_with_own_code(function), backend=capture)(*args, **kwargs)
+    with torch.no_grad(), _entry(original) as entry:
+        torch.compile(entry, backend=capture)(*args, **kwargs)
     return Report(tuple(graphs))
+
+
+@contextmanager
+def _entry(original: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
+    """What to capture: a function under a name of its own, or the call of a module whose `forward` has one meanwhile.
+
+    The call of a module runs its hooks around `forward`. One compiled by `model.compile()` would run what it compiled.
+    """
+    if not isinstance(original, torch.nn.Module):
+        yield _with_own_code(original)
+        return
+    own = vars(original).get("forward")
+    object.__setattr__(original, "forward", _with_own_code(original.forward))
+    try:
+        yield original.__call__ if original._compiled_call_impl is None else original._call_impl
+    finally:
+        object.__delattr__(original, "forward")
+        if own is not None:
+            object.__setattr__(original, "forward", own)
 
 
 def _with_own_code(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -69,8 +91,8 @@ def _empty_outputs(gm: fx.GraphModule) -> Callable[..., Any]:
     assert isinstance(outputs, list | tuple)
     values = [fake_value(node) if isinstance(node, fx.Node) else node for node in outputs]
     tensors = [value for value in values if isinstance(value, torch.Tensor)]
-    sizes = [tuple(tensor.shape) for tensor in tensors]
-    resolver = SizeResolver(inputs)
+    sizes = [tuple(_if_known(size, gm.graph) for size in tensor.shape) for tensor in tensors]
+    resolver = SizeResolver(list(map(_without_own_sizes, inputs)))
     positions = {node: index for index, node in enumerate(inputs)}
 
     def call(*args: Any) -> tuple[Any, ...]:
@@ -82,9 +104,22 @@ def _empty_outputs(gm: fx.GraphModule) -> Callable[..., Any]:
                 given = args[positions[node]] if node in positions else None
                 results.append(torch.empty(shape, dtype=value.dtype, device=value.device) if given is None else given)
             elif isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-                results.append(value.node.hint)
+                results.append(_UNKNOWN if value.node.hint is None else value.node.hint)
             else:
                 results.append(value)
         return tuple(results)
 
     return call
+
+
+def _if_known(size: int | torch.SymInt, graph: fx.Graph) -> int | torch.SymInt:
+    return size if follow_from_inputs([size], graph) else _UNKNOWN
+
+
+def _without_own_sizes(node: fx.Node) -> fx.Node:
+    """`node`, or a stand-in without sizes for an input that has no integer ones (nested, or a length of one)."""
+    value = fake_value(node)
+    nested = (
+        value.is_nested if isinstance(value, torch.Tensor) else isinstance(value, torch.SymInt) and is_nested_int(value)
+    )
+    return fx.Graph().placeholder(node.name) if nested else node

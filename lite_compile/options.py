@@ -38,9 +38,15 @@ def _threshold(name: str, value: Any) -> float:
     allowed = "a number <= 0 in log2 units, for example -10.0; -inf never skips"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_type(name, value, allowed)
-    if math.isnan(value) or value > 0:
+    try:
+        number = float(value)
+    except OverflowError:  # its digits would fill the message
+        raise OptionValueError(
+            f"liteattention option {name!r} is beyond the range of a float; allowed: {allowed}"
+        ) from None
+    if math.isnan(number) or number > 0:
         raise _wrong_value(name, value, allowed)
-    return float(value)
+    return number
 
 
 def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:

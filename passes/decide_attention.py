@@ -14,7 +14,7 @@ from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .find_attention import AttentionSite
-from .graph_inputs import fake_tensor
+from .graph_inputs import NESTED, fake_tensor, follow_from_inputs, size_hint, special_kind
 from .trace_projections import same_source, trace_projections
 
 _ANNOUNCE = (
@@ -68,6 +68,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     out = fake_tensor(site.node)
     if q is None or k is None or v is None or out is None or {q.dim(), k.dim(), v.dim()} != {4}:
         return Decline(site, Reason.RANK, "" if q is None else f"q has {q.dim()} dimensions")
+    kind = next(filter(None, map(special_kind, (q, k, v))), "")
+    if kind:
+        return Decline(site, Reason.SUBCLASS, kind)
 
     projections = [trace_projections(node) for node in (site.q, site.k, site.v)]
     if not statically_known_true(q.shape[2] == k.shape[2]):
@@ -77,6 +80,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     ):
         return Decline(site, Reason.CROSS_ATTENTION, "k and v are projected from another input")
 
+    sizes = [*q.shape, *k.shape, *v.shape]
+    if not all(map(size_hint, sizes)) or not follow_from_inputs(sizes, site.node.graph):
+        return Decline(site, Reason.SIZE)
     if site.attn_mask is not None:
         return Decline(site, Reason.MASK)
     if site.is_causal is not False:
@@ -100,19 +106,21 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(
             site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
         )
-    if _hint(q.shape[2]) < options.min_seq_len:
-        return Decline(site, Reason.SHORT, f"{_hint(q.shape[2])} tokens, min_seq_len={options.min_seq_len}")
+    tokens = size_hint(q.shape[2])
+    assert tokens is not None
+    if tokens < options.min_seq_len:
+        return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
     kernel = select_kernel(q.device, q.dtype, dim)
     if isinstance(kernel, str):
         return Decline(site, Reason.DEVICE, kernel)
+    if site.in_subgraph:
+        return Decline(site, Reason.SUBGRAPH, "of a higher-order operator (nested_compile_region, checkpoint, cond)")
     if missing_clock is not None:
-        return Decline(site, Reason.NO_CLOCK, f"{missing_clock}; {_ANNOUNCE}")
+        return Decline(
+            site, Reason.NO_CLOCK, missing_clock if NESTED in missing_clock else f"{missing_clock}; {_ANNOUNCE}"
+        )
     weight = next((p.weight for p in projections[0] if p.weight.op == "placeholder"), None)
     if weight is None:
         return Decline(site, Reason.NO_IDENTITY)
     scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
     return Rewrite(site, scale, kernel, weight, q.device)
-
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)

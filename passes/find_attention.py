@@ -43,6 +43,8 @@ class AttentionSite:
     is_causal: Any
     scale: Any
     enable_gqa: Any
+    in_subgraph: bool = False
+    """Whether it belongs to a graph that an operator of the captured one calls."""
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
@@ -63,13 +65,13 @@ def layer_names(nodes: Sequence[fx.Node]) -> list[str]:
     Names are relative to the root that they share, whatever variable holds it (`self` as a rule). Where a function that
     calls several models was compiled, they begin with that variable.
     """
-    paths = [_module_path(node) for node in nodes]
+    paths = [module_path(node) for node in nodes]
     roots = {path[:1] for path in paths if path}
     names = [".".join(path[1:] if len(roots) == 1 else path) for path in paths]
     return [name or f"attention_{number}" for number, name in enumerate(names)]
 
 
-def _module_path(node: fx.Node) -> tuple[str, ...]:
+def module_path(node: fx.Node) -> tuple[str, ...]:
     """Root variable and attribute names of the innermost module that `node` was traced in."""
     stack = node.meta.get("nn_module_stack")
     if not stack:

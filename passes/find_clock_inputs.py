@@ -11,8 +11,22 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ..clock import identify
 from .find_attention import AttentionSite
-from .graph_inputs import argument_name, fake_tensor, fake_value, is_buffer, is_parameter, is_static, placeholders
+from .graph_inputs import (
+    argument_name,
+    fake_mode,
+    fake_tensor,
+    fake_value,
+    is_buffer,
+    is_parameter,
+    is_sized,
+    is_static,
+    placeholders,
+    size_hint,
+    source_name,
+    special_kind,
+)
 
 LATENT_NAMES = {
     "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
@@ -66,6 +80,26 @@ def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Clo
     return ClockInputs(latents, timestep, conditions)
 
 
+def find_unreadable(gm: fx.GraphModule) -> str | None:
+    """An input that no clock could compare with that of another call, and why, as text."""
+    for node in placeholders(gm.graph):
+        value = fake_tensor(node) if _is_condition(node) else None
+        problem = "" if value is None else special_kind(value) or _tracing_error(gm, value)
+        if problem:
+            return f"the clock cannot read {argument_name(node) or source_name(node) or node.name!r}: {problem}"
+    return None
+
+
+def _tracing_error(gm: fx.GraphModule, value: torch.Tensor) -> str:
+    """What keeps the clock from being traced with this condition (a quantised tensor, say)."""
+    try:
+        with fake_mode(gm), torch.no_grad():
+            identify([value], value.device)
+    except Exception as error:  # whatever it is, the model without a clock still runs
+        return f"{type(error).__name__}: {error}".splitlines()[0]
+    return ""
+
+
 def _is_condition(node: fx.Node) -> bool:
     """Everything that may carry a prompt; parameters and buffers are watched by identity and version instead."""
     kinds = torch.Tensor | torch.SymInt | torch.SymFloat
@@ -100,7 +134,9 @@ def _find_latents(gm: fx.GraphModule, inputs: list[fx.Node], sites: Sequence[Att
 
 def _is_latent_like(node: fx.Node) -> bool:
     value = fake_tensor(node)
-    return value is not None and value.is_floating_point() and value.dim() >= 3
+    if value is None or not value.is_floating_point() or value.dim() < 3:
+        return False
+    return not special_kind(value) and is_sized(value)
 
 
 def _same_shape(node: fx.Node, output: torch.Tensor) -> bool:
@@ -115,8 +151,7 @@ def _same_shape(node: fx.Node, output: torch.Tensor) -> bool:
 def _size(node: fx.Node) -> int:
     value = fake_tensor(node)
     assert value is not None
-    size = value.numel()
-    return size if isinstance(size, int) else int(size.node.hint or 0)
+    return size_hint(value.numel()) or 0
 
 
 def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: fx.Node) -> fx.Node | None:
@@ -140,6 +175,8 @@ def _has_timestep_number(gm: fx.GraphModule) -> bool:
 def _is_timestep_like(node: fx.Node, batch: int | torch.SymInt) -> bool:
     value = fake_value(node)
     if not isinstance(value, torch.Tensor) or value.dtype == torch.bool or value.is_complex() or value.dim() > 2:
+        return False
+    if special_kind(value) or not is_sized(value):
         return False
     return (
         value.dim() == 0 or statically_known_true(value.shape[0] == batch) or statically_known_true(value.numel() == 1)

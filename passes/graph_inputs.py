@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
+import sympy
 import torch
 from torch import fx
 from torch._dynamo.source import LocalSource
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
@@ -23,6 +28,51 @@ def fake_tensor(node: object) -> torch.Tensor | None:
     """`fake_value` where it is a tensor."""
     value = fake_value(node) if isinstance(node, fx.Node) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
+    """The mode that the fake values of a graph were made in."""
+    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := fake_value(n), FakeTensor)), None)
+    assert mode is not None
+    return mode
+
+
+def size_hint(size: int | torch.SymInt) -> int | None:
+    """What a size was when the graph was captured; None if it depends on data, so that nobody knows."""
+    if isinstance(size, int):
+        return size
+    return None if free_unbacked_symbols(size) else int(size.node.hint)
+
+
+def follow_from_inputs(sizes: Iterable[int | torch.SymInt], graph: fx.Graph) -> bool:
+    """Whether `sizes` can be computed before the graph runs: from sizes of its inputs, not from what they hold."""
+    wanted = set[sympy.Symbol]().union(*(free_symbols(size) for size in sizes if isinstance(size, torch.SymInt)))
+    if not wanted:
+        return True
+    given = set[object]()
+    for value in map(fake_value, placeholders(graph)):
+        found = value.shape if isinstance(value, torch.Tensor) else (value,)
+        given.update(size.node.expr for size in found if isinstance(size, torch.SymInt))
+    return wanted <= given
+
+
+def is_sized(value: torch.Tensor) -> bool:
+    """Whether every size of `value` is known when the graph is captured, and none is zero."""
+    return all(size_hint(size) for size in value.shape)
+
+
+NESTED = "nested tensor"
+
+
+def special_kind(value: torch.Tensor) -> str:
+    """What kind of tensor `value` is if its elements are not simply its storage (nested, sparse, ...); else empty."""
+    if value.is_nested:
+        return NESTED
+    if value.layout is not torch.strided:
+        return "sparse tensor"
+    if value.is_quantized:
+        return "quantized tensor"
+    return type(value).__name__ if is_traceable_wrapper_subclass(value) else ""
 
 
 def source_name(node: fx.Node) -> str:

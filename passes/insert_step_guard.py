@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import torch
 from torch import fx
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..announce import read_announced
 from ..clock import advance, clock_words
 from ..clock_source import ClockSource
 from ..ops import NOW_WORDS
 from .find_clock_inputs import ClockInputs
-from .graph_inputs import append_input, fake_value, placeholders
+from .graph_inputs import append_input, fake_mode, placeholders
 
 
 def insert_step_guard(
@@ -24,7 +23,7 @@ def insert_step_guard(
 
     Returns the node that says where the call stands, int32 `[NOW_WORDS]`.
     """
-    with _fake_mode(gm):
+    with fake_mode(gm):
         fake_clock = torch.empty(clock_length(source, max_streams), dtype=torch.int32, device=device)
         fake_now = torch.empty(NOW_WORDS, dtype=torch.int32, device=device)
     if source is ClockSource.ROOT:
@@ -44,9 +43,3 @@ def insert_step_guard(
 def clock_length(source: ClockInputs | ClockSource, max_streams: int) -> int:
     """Words of the clock that a graph expects."""
     return clock_words(max_streams, len(source.conditions) if isinstance(source, ClockInputs) else 0)
-
-
-def _fake_mode(gm: fx.GraphModule) -> FakeTensorMode:
-    mode = next((value.fake_mode for n in gm.graph.nodes if isinstance(value := fake_value(n), FakeTensor)), None)
-    assert mode is not None
-    return mode

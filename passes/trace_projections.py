@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import operator
+import re
 from typing import NamedTuple
 
 import torch
@@ -10,10 +10,8 @@ from torch import fx
 
 from .graph_inputs import fake_tensor, is_static
 
-_POINTWISE = {
-    operator.add, operator.sub, operator.mul, operator.truediv, operator.iadd, operator.imul,
-    torch.add, torch.sub, torch.mul, torch.div, "add", "sub", "mul", "div", "add_", "mul_",
-}  # fmt: skip
+_PRODUCT = re.compile(r"\w*(linear|matmul|mm|gemv)|conv(?!er[ts])\w*|einsum|tensordot")
+"""One word of the name of an operator that multiplies by a matrix: linear, addmm, conv3d, int8_linear, _scaled_mm."""
 _CASTS_AND_VIEWS = {
     "to", "type_as", "float", "half", "bfloat16", "contiguous", "view", "reshape", "flatten", "unflatten", "transpose",
     "permute", "unsqueeze", "squeeze", "t", "clone", "detach", "type",
@@ -55,7 +53,7 @@ def same_source(left: list[Projection], right: list[Projection]) -> bool:
 
 
 def _as_projection(node: fx.Node) -> Projection | None:
-    if node.op not in ("call_function", "call_method") or node.target in _POINTWISE:
+    if not is_product(node):
         return None
     inputs = node.all_input_nodes
     roots = {n: _static_root(n) for n in inputs}
@@ -64,6 +62,14 @@ def _as_projection(node: fx.Node) -> Projection | None:
     if not weights or not activations:
         return None
     return Projection(_skip_casts(activations[0]), weights[0])
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether the name of a function or method says so; norms and rotary embeddings have static matrices as well."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return any(_PRODUCT.fullmatch(word) for word in re.split(r"[^a-z]+", str(name).lower()))
 
 
 def _static_root(node: fx.Node) -> fx.Node | None:

@@ -14,6 +14,7 @@ from lite_compile import Options, OptionTypeError, OptionValueError
 WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"threshold": 1.0}, ValueError, ["threshold", "1.0", "<= 0", "log2"]),
     ({"threshold": float("nan")}, ValueError, ["threshold", "nan"]),
+    ({"threshold": -(10**400)}, ValueError, ["threshold", "range of a float", "<= 0"]),
     ({"threshold": "-10"}, TypeError, ["threshold", "'-10'", "str"]),
     ({"threshold": True}, TypeError, ["threshold", "True"]),
     ({"min_seq_len": 0}, ValueError, ["min_seq_len", "0", "integer from 1"]),

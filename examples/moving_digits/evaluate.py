@@ -23,6 +23,8 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import at_least, finite, positive
+
 from moving_digits.measure_coherence import measure_coherence
 from moving_digits.measure_conditioning import measure_conditioning
 from moving_digits.measure_prompts import measure_prompts
@@ -40,22 +42,36 @@ JOBS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
+    args = parse_arguments(arguments)
+    run(args)
+
+
+def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     assert __doc__ is not None
     parser = argparse.ArgumentParser(
         prog="evaluate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", choices=sorted(JOBS))
     parser.add_argument("--weights", type=Path, help="default: the weights that ship with the repository")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--flow-shift", type=float, help="of the noise levels (default: the pipeline's)")
-    parser.add_argument("--batch", type=int, default=20, help="samples at once (default: %(default)s)")
-    parser.add_argument("--pairs", type=int, default=60, help="prompts with two digits (default: %(default)s)")
-    parser.add_argument("--every", type=int, default=1, help="use every nth prompt only (default: all)")
-    parser.add_argument("--seed", type=int, default=1000, help="default: %(default)s")
+    parser.add_argument("--steps", type=at_least(2), default=30, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--flow-shift", type=positive, help="of the noise levels (default: the pipeline's)")
+    parser.add_argument("--batch", type=at_least(1), default=20, help="samples at once (default: %(default)s)")
+    parser.add_argument("--pairs", type=at_least(0), default=60, help="prompts with two digits (default: %(default)s)")
+    parser.add_argument("--every", type=at_least(1), default=1, help="use every nth prompt only (default: all)")
+    parser.add_argument("--seed", type=at_least(0), default=1000, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("build/moving_digits/evaluation"), help="folder")
     args = parser.parse_args(arguments)
-    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        setting_of(args.weights)
+        args.output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    return args
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, write the results, and print most of them."""
     logging.getLogger("diffusers").setLevel(logging.ERROR)  # a note about num_frames: see `Setting.num_frames`
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     pipe = load_pipeline(args.weights, device, torch.bfloat16 if device.type == "cuda" else torch.float32)

@@ -24,6 +24,7 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import at_least, finite
 from generation import BACKENDS, Job, density_table
 
 import lite_compile
@@ -86,9 +87,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt", default="3 right", help="default: %(default)s")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["liteattention"], help="one or several")
-    parser.add_argument("--steps", type=int, default=30, help="denoising steps (default: %(default)s)")
-    parser.add_argument("--guidance", type=float, default=4.0, help="guidance scale (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--steps", type=at_least(2), default=30, help="denoising steps (default: %(default)s)")
+    parser.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: %(default)s)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: %(default)s")
     parser.add_argument("--threshold", type=float, default=-10.0, help="log2 units, <= 0 (default: %(default)s)")
     parser.add_argument("--weights", type=Path, help="default: the weights that ship with the repository")
     parser.add_argument("--output", type=Path, default=Path("generated"), help="folder (default: %(default)s)")
@@ -96,11 +97,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     try:
         lite_compile.Options(threshold=args.threshold)
         parse_prompt(args.prompt)
+        setting_of(args.weights)
         args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         parser.error(str(error))
-    if args.steps < 2:
-        parser.error(f"--steps is {args.steps}; allowed: 2 or more")
     return args
 
 

@@ -51,6 +51,7 @@ def measure_prompts(pipe: WanPipeline, setting: Setting, how: Sampling) -> dict[
             result[group] = vars(found) | {name: share for name, share in shares.items() if not math.isnan(share)}
     shown = list(range(0, len(prompts), max(1, len(prompts) // 12)))[:12]
     save_contact_sheet([videos[i] for i in shown], [prompts[i] for i in shown], how.output / "samples.png")
-    columns = [[videos[i] for i in shown[row::2]] for row in range(2)]
-    save_gif_grid(columns, [""] * len(columns[0]), how.output / "samples.gif")
+    height = 2 if len(shown) % 2 == 0 else 1
+    rows = [[videos[i] for i in shown[row::height]] for row in range(height)]
+    save_gif_grid(rows, [""] * len(rows[0]), how.output / "samples.gif")
     return result

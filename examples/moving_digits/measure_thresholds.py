@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -31,12 +32,14 @@ def measure_thresholds(pipe: WanPipeline, setting: Setting, how: Sampling) -> di
         found = runs.setdefault(str(threshold), [])
         torch._dynamo.reset()
         options: dict[str, Any] = {"threshold": threshold, "inner": "eager"}
-        pipe.transformer = torch.compile(model, backend="liteattention", options=options)
+        # `stats` is about all compilations of a model: each threshold gets one of its own.
+        fresh = copy.deepcopy(model)
+        pipe.transformer = torch.compile(fresh, backend="liteattention", options=options)
         for number, prompt in enumerate(tqdm(SHOWN_PROMPTS, desc=f"threshold {threshold:g}", unit="video")):
             steps: list[lite_compile.Stats] = []
             video = generate(
                 pipe, setting, [prompt], how.seed + number, how.steps, how.guidance,
-                lambda *_, seen=steps: seen.append(lite_compile.stats(model)) or {},
+                lambda *_, seen=steps, model=fresh: seen.append(lite_compile.stats(model)) or {},
             )[0]  # fmt: skip
             if threshold in THRESHOLDS:
                 rows[number].append(video)

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -23,7 +24,9 @@ from tqdm import tqdm
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from moving_digits.data import DIRECTIONS, REFERENCE_SIDE, Actor, VideoSampler, parse_prompt
+from arguments import at_least, existing_file, usable_device
+
+from moving_digits.data import DIRECTIONS, REFERENCE_SIDE, Actor, VideoSampler, load_digits, parse_prompt
 
 WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
 
@@ -149,9 +152,19 @@ def save_classifier(classifier: DigitClassifier, path: str | Path = WEIGHTS) -> 
 
 
 def load_classifier(path: str | Path = WEIGHTS, device: torch.device | str = "cpu") -> DigitClassifier:
-    """The classifier that comes with this package, float32 and in evaluation mode."""
+    """The classifier that comes with this package, float32 and in evaluation mode.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it holds something else.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no classifier at {path}; make one: metrics.py --train-classifier")
     classifier = DigitClassifier()
-    classifier.load_state_dict(load_file(path))
+    try:
+        classifier.load_state_dict(load_file(path))
+    except (SafetensorError, RuntimeError) as error:
+        raise ValueError(f"{path} was not written by metrics.py: {str(error).splitlines()[0]}") from error
     return classifier.eval().to(device)
 
 
@@ -294,18 +307,30 @@ def evaluate_held_out(
     return result
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--train-classifier", action="store_true", help="train and save the classifier before measuring"
     )
-    parser.add_argument("--steps", type=int, default=3000, help="of training (default: 3000)")
-    parser.add_argument("--seed", type=int, default=0, help="of training (default: 0)")
-    parser.add_argument("--videos", type=int, default=1024, help="held-out videos to measure on (default: 1024)")
-    parser.add_argument("--device", default="cpu", help="where to train and render (default: cpu)")
+    parser.add_argument("--steps", type=at_least(2), default=3000, help="of training (default: 3000)")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="of training (default: 0)")
+    parser.add_argument(
+        "--videos", type=at_least(1), default=1024, help="held-out videos to measure on (default: 1024)"
+    )
+    parser.add_argument("--device", type=usable_device, default="cpu", help="where to train and render (default: cpu)")
     parser.add_argument("--weights", type=Path, default=WEIGHTS, help="file of the classifier")
-    parser.add_argument("--digits", help="scikit-learn's digits.csv.gz, if the package is not installed")
-    args = parser.parse_args()
+    parser.add_argument(
+        "--digits", type=existing_file, help="scikit-learn's digits.csv.gz, if the package is not installed"
+    )
+    args = parser.parse_args(arguments)
+    try:
+        load_digits("test", args.digits)
+        if not args.train_classifier:
+            load_classifier(args.weights)
+        elif args.weights.is_dir():
+            raise IsADirectoryError(f"{args.weights} is a folder")
+    except (ValueError, OSError, ImportError, RuntimeError, IndexError) as error:
+        parser.error(str(error))
     if args.train_classifier:
         trained = train_classifier(args.steps, args.seed, args.device, digits=args.digits)
         save_classifier(trained, args.weights)

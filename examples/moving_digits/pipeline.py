@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 from diffusers import UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import UMT5EncoderModel
@@ -145,8 +145,11 @@ def setting_of(weights: Path | None = None) -> Setting:
 
 def read_metadata(path: Path) -> dict[str, str]:
     """How the weights in a file came to be."""
-    with safe_open(path, "pt") as file:
-        metadata: dict[str, str] = file.metadata() or {}
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a file of safetensors: {error}") from error
     if metadata.get("setting") not in SETTINGS:
         raise ValueError(f"{path} was not written by examples/moving_digits/train.py: its metadata names no setting")
     return metadata

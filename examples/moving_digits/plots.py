@@ -37,7 +37,9 @@ def draw_losses(logs: Mapping[str, Path], path: Path) -> None:
 
 def draw_densities(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path) -> None:
     """Density against step: one panel per threshold, one line per layer (mean over prompts and streams)."""
-    figure, panels = pyplot().subplots(1, len(runs), figsize=(3.1 * len(runs), 3.4), sharey=True, layout="constrained")
+    size = (3.1 * len(runs), 3.4)
+    figure, grid = pyplot().subplots(1, len(runs), figsize=size, sharey=True, layout="constrained", squeeze=False)
+    panels = grid[0]
     colours = pyplot().get_cmap("viridis")
     for axes, (threshold, found) in zip(panels, runs.items(), strict=True):
         layers = list(found[0]["per_layer"])

@@ -32,6 +32,8 @@ from transformers import UMT5EncoderModel
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from arguments import at_least, existing_file, finite, positive, usable_device
+
 from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt
 from moving_digits.identity_vae import LATENT_CHANNELS, fold
 from moving_digits.pipeline import SETTINGS, Setting, build_transformer, save_weights
@@ -292,7 +294,7 @@ def remaining_steps(training: Training, started: float, minutes: float) -> Itera
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse_arguments(arguments)
     torch.set_float32_matmul_precision("high")
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = args.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
     recipe = RECIPES[args.setting]
     given = {name: getattr(args, name) for name in ("steps", "batch", "noise_mean", "matrix_rate", "other_rate")}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
@@ -320,16 +322,18 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--setting", choices=sorted(SETTINGS), default="small", help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="folder (default: build/moving_digits/<setting>)")
-    parser.add_argument("--steps", type=int, help="in all, over all runs (default: the recipe's)")
-    parser.add_argument("--batch", type=int, help="videos per step (default: the recipe's)")
-    parser.add_argument("--noise-mean", type=float, help="of log(sigma / (1 - sigma)) (default: the recipe's)")
-    parser.add_argument("--matrix-rate", type=float, help="learning rate of Muon (default: the recipe's)")
-    parser.add_argument("--other-rate", type=float, help="learning rate of AdamW (default: the recipe's)")
+    parser.add_argument("--steps", type=at_least(1), help="in all, over all runs (default: the recipe's)")
+    parser.add_argument("--batch", type=at_least(1), help="videos per step (default: the recipe's)")
+    parser.add_argument("--noise-mean", type=finite, help="of log(sigma / (1 - sigma)) (default: the recipe's)")
+    parser.add_argument("--matrix-rate", type=positive, help="learning rate of Muon (default: the recipe's)")
+    parser.add_argument("--other-rate", type=positive, help="learning rate of AdamW (default: the recipe's)")
     parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so many (default: never)")
-    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
-    parser.add_argument("--init", type=Path, help="weights to start from, of the same architecture")
-    parser.add_argument("--digits", type=Path, help="scikit-learn's digits.csv.gz, where the package is missing")
-    parser.add_argument("--device", help="default: cuda where there is one, else cpu")
+    parser.add_argument("--seed", type=at_least(0), default=0, help="default: %(default)s")
+    parser.add_argument("--init", type=existing_file, help="weights to start from, of the same architecture")
+    parser.add_argument(
+        "--digits", type=existing_file, help="scikit-learn's digits.csv.gz, where the package is missing"
+    )
+    parser.add_argument("--device", type=usable_device, help="default: cuda where there is one, else cpu")
     args = parser.parse_args(arguments)
     if args.output is None:
         args.output = Path("build/moving_digits") / args.setting

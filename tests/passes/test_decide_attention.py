@@ -11,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from graphs import DIM, HEADS, TOKENS, Denoiser, capture, decide, inputs
 from torch import Tensor, nn
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lite_compile import Options, Reason
 from lite_compile.passes.decide_attention import Decline, Rewrite
+from lite_compile.passes.graph_inputs import source_name
 
 sdpa = F.scaled_dot_product_attention
 
@@ -201,3 +203,100 @@ def test_normed_weights_are_weights() -> None:
 def test_equal_lengths_under_dynamic_shapes() -> None:
     decisions = decide(capture(Denoiser(cross=True), *inputs(), dynamic=True))
     assert [type(d) for d in decisions] == [Rewrite, Decline]
+
+
+class Trimmed(nn.Module):
+    """Attention twice: over all tokens, and over as many as `count` or `kept` say, which is data."""
+
+    def __init__(self, dim: int = 1) -> None:
+        super().__init__()
+        self.whole, self.part, self.dim = Denoiser(), graphs.Attention(), dim
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor, chosen: Tensor) -> Tensor:
+        x = self.whole(hidden_states, timestep, prompt)
+        if chosen.dtype == torch.bool:
+            extra = prompt[:, chosen.nonzero().flatten()]
+            return self.part(torch.cat([x, extra], 1))
+        count = chosen.item()
+        torch._check(count >= 2)
+        torch._check(count <= x.shape[self.dim])
+        return self.part(x.narrow(self.dim, 0, count))
+
+
+@pytest.mark.parametrize(
+    ("dim", "chosen"),
+    [(1, torch.tensor(40)), (0, torch.tensor(3)), (1, torch.arange(TOKENS) < 20)],
+    ids=["length", "batch", "selection"],
+)
+def test_sizes_that_are_data_keep_one_site_dense(dim: int, chosen: Tensor) -> None:
+    data_dependent = {"capture_scalar_outputs": True, "capture_dynamic_output_shape_ops": True}
+    model = Trimmed(dim)
+    with torch._dynamo.config.patch(data_dependent):
+        decisions = decide(capture(model, *inputs(batch=4), chosen), Options(min_seq_len=16))
+        assert [type(d) for d in decisions] == [Rewrite, Decline]
+        assert decisions[1].reason is Reason.SIZE  # type: ignore[union-attr]
+        options = {"inner": "eager", "min_seq_len": 16}
+        compiled = torch.compile(model, backend="liteattention", fullgraph=True, options=options)
+        with torch.no_grad():
+            arguments = (*inputs(batch=4), chosen)
+            torch.testing.assert_close(compiled(*arguments), model(*arguments))
+
+
+def test_sizes_that_no_guard_may_look_at() -> None:
+    arguments = inputs(batch=4)
+    for argument in arguments:
+        torch._dynamo.decorators.mark_unbacked(argument, 0)
+    decision = only(decide(capture(Denoiser(), *arguments)))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.SIZE
+
+
+@pytest.mark.parametrize("dynamic", [None, True])
+def test_empty_batch(dynamic: bool | None) -> None:
+    model = Denoiser()
+    decision = only(decide(capture(model, *inputs(batch=0), dynamic=dynamic)))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.SIZE
+    options = {"inner": "eager", "min_seq_len": 16}
+    compiled = torch.compile(model, backend="liteattention", dynamic=dynamic, options=options)
+    with torch.no_grad():
+        for batch in (1, 0, 2, 0):
+            assert compiled(*inputs(batch=batch)).shape == (batch, TOKENS, DIM)
+
+
+def test_attention_on_tensors_that_wrap_others() -> None:
+    q = TwoTensor(torch.ones(1, HEADS, TOKENS, 16), torch.ones(1, HEADS, TOKENS, 16))
+    decision = only(decide(capture(lambda q: sdpa(q, q, q), q)))
+    assert isinstance(decision, Decline)
+    assert (decision.reason, decision.detail) == (Reason.SUBCLASS, "TwoTensor")
+
+
+def test_norms_and_rotary_embeddings_with_matrices_are_no_projections() -> None:
+    norms = nn.LayerNorm((HEADS, DIM // HEADS)), nn.LayerNorm((HEADS, DIM // HEADS))
+    cos, sin = (nn.Buffer(torch.rand(TOKENS, DIM // HEADS)) for _ in range(2))
+
+    class Turned(graphs.Attention):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms, self.cos, self.sin = nn.ModuleList(norms), cos, sin
+
+        def turn(self, x: Tensor) -> Tensor:
+            left, right = x.chunk(2, -1)
+            return torch.addcmul(x * self.cos, torch.cat([-right, left], -1), self.sin)
+
+        def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+            context = x if context is None else context
+            q, k, v = (
+                projected.unflatten(-1, (HEADS, -1))
+                for projected in (self.to_q(x), self.to_k(context), self.to_v(context))
+            )
+            q, k = (self.turn(norm(t).transpose(1, 2)) for norm, t in zip(self.norms, (q, k), strict=True))
+            return sdpa(q, k, v.transpose(1, 2)).transpose(1, 2).flatten(2)
+
+    model = Denoiser(cross=True)
+    model.attn = model.cross = Turned()
+    decisions = decide(capture(model, *inputs()))
+    assert isinstance(decisions[0], Rewrite)
+    assert "'to_q'" in source_name(decisions[0].weight)
+    assert isinstance(decisions[1], Decline)
+    assert decisions[1].reason is Reason.CROSS_ATTENTION

@@ -2,13 +2,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from graphs import DIM, Denoiser, capture, inputs
 from models import LATENTS, noise, prompt, tiny_wan
 from torch import Tensor, nn
 
+import lite_compile
+from lite_compile import Reason
+from lite_compile.backend import find_clock
 from lite_compile.passes.find_attention import find_attention
-from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
+from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from lite_compile.passes.graph_inputs import argument_name, source_name
 
 
@@ -127,3 +131,81 @@ def test_all_that_may_carry_a_prompt_is_conditioning() -> None:
     sources = {source_name(n) for n in clock.conditions}
     assert {"L['learned']", "L['waves']", "L['label']", "L['self'].context"} <= sources
     assert not any("_parameters" in name or "_buffers" in name for name in sources)
+
+
+class Extra(nn.Module):
+    """Conditioning of a kind of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, extra: Tensor) -> Tensor:
+        prompt = extra.values() if extra.is_nested else extra
+        return self.inner(hidden_states, timestep, hidden_states) + prompt.sum()
+
+
+def jagged() -> Tensor:
+    parts = [torch.ones(2, 3), torch.ones(4, 3)]
+    return torch.nested.nested_tensor(parts, layout=torch.jagged)
+
+
+def test_nested_conditioning_leaves_no_clock_and_runs() -> None:
+    latents, t, _ = inputs()
+    gm = capture(Extra(), latents, t, jagged())
+    assert find_unreadable(gm) == "the clock cannot read 'extra': nested tensor"
+    assert find_unreadable(capture(Extra(), latents, t, torch.ones(3))) is None
+    model = Extra()
+    compiled = torch.compile(model, backend="liteattention", options={"inner": "aot_eager", "min_seq_len": 16})
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(latents, t, jagged()), model(latents, t, jagged()))
+        torch._dynamo.reset()
+        with lite_compile.generation(model):
+            torch.testing.assert_close(compiled(latents, t, jagged()), model(latents, t, jagged()))
+    for graph in lite_compile.report().graphs[-2:]:
+        (site,) = graph.sites
+        assert (site.reason, site.detail) == (Reason.NO_CLOCK, "the clock cannot read 'extra': nested tensor")
+
+
+def test_conditioning_that_cannot_be_traced_leaves_no_clock(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: Any) -> None:
+        raise NotImplementedError("no such\nthing")
+
+    monkeypatch.setattr("lite_compile.passes.find_clock_inputs.identify", refuse)
+    gm = capture(Denoiser(), *inputs())
+    assert str(find_unreadable(gm)).endswith("': NotImplementedError: no such")
+    clock, text = find_clock(gm, find_attention(gm))
+    assert (clock, text) == (None, find_unreadable(gm))
+
+
+def test_every_kind_of_plain_conditioning_can_be_read() -> None:
+    latents, t, _ = inputs()
+    for dtype in (torch.bool, torch.int64, torch.float64, torch.bfloat16, torch.complex64, torch.float8_e4m3fn):
+        extra = torch.ones(3, 4).to(dtype)
+        for view in (extra.t(), extra[:0], extra.expand(2, 3, 4)):
+            gm = capture(Read(), latents, t, view)
+            assert find_unreadable(gm) is None
+
+
+class Read(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, extra: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner(hidden_states, timestep, hidden_states), extra.clone()
+
+
+@pytest.mark.parametrize("empty", ["hidden_states", "timestep"])
+def test_empty_inputs_are_neither_latents_nor_timestep(empty: str) -> None:
+    latents, t, prompts = inputs()
+    arguments = {"hidden_states": latents, "timestep": t, "prompt": prompts}
+    arguments[empty] = arguments[empty][:0]
+    clock = find(Denoiser(), **arguments)
+    assert (
+        clock
+        == {
+            "hidden_states": "no input looks like latents",
+            "timestep": "no tensor input looks like a timestep",
+        }[empty]
+    )

@@ -1,11 +1,16 @@
 from __future__ import annotations
 
+import operator
+from typing import Any
+
+import pytest
+import torch
 from graphs import DIM, Denoiser, capture, inputs
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.graph_inputs import source_name
-from lite_compile.passes.trace_projections import same_source, trace_projections
+from lite_compile.passes.trace_projections import is_product, same_source, trace_projections
 
 
 def test_projections_of_separate_linears() -> None:
@@ -40,3 +45,33 @@ def test_nothing_to_find() -> None:
     gm = capture(lambda q: nn.functional.scaled_dot_product_attention(q, q, q), inputs()[0][None])
     (site,) = find_attention(gm)
     assert trace_projections(site.q) == []
+
+
+PRODUCTS = [
+    nn.functional.linear, operator.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, torch.conv3d,
+    torch.tensordot, torch.ops.aten.convolution.default, torch.ops.aten._weight_int8pack_mm, torch.ops.aten._scaled_mm,
+    torch.ops.aten._int_mm.default, "matmul", "__matmul__", "addmm",
+]  # fmt: skip
+OTHERS = [
+    nn.functional.layer_norm, nn.functional.rms_norm, torch.addcmul, operator.mul, torch.lgamma, torch.igamma,
+    torch.ops.prims.convert_element_type.default, operator.getitem, torch.cat, torch.lerp, "mul", "to", "view",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("targets", "expected"), [(PRODUCTS, True), (OTHERS, False)], ids=["products", "others"])
+def test_products_are_known_by_name(targets: list[Any], expected: bool) -> None:
+    graph = fx.Graph()
+    for target in targets:
+        create = graph.call_method if isinstance(target, str) else graph.call_function
+        assert is_product(create(target)) == expected, target
+    assert not is_product(graph.placeholder("linear"))
+
+
+@pytest.mark.parametrize(
+    "name", ["int8_linear", "gemm_forward", "gemv_4bit", "fp8_matmul", "qlinear", "linear_dynamic"]
+)
+def test_custom_products_are_known_by_a_word_of_their_name(name: str) -> None:
+    def product() -> None: ...
+
+    product.__name__ = name
+    assert is_product(fx.Graph().call_function(product))
