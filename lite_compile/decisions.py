@@ -28,6 +28,9 @@ class Reason(Enum):
     DTYPE = "dtype"
     HEAD_DIM = "head dim"
     DEVICE = "unsupported device"
+    VARIANT = "another kind of attention"
+    SHARED = "scores or weights are used elsewhere"
+    LAYOUT = "layout of the output"
     NO_IDENTITY = "no parameter identifies the layer"
     NO_CLOCK = "no clock"
 

@@ -14,8 +14,9 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from .find_attention import AttentionSite
-from .graph_inputs import fake_tensor
+from .attention_site import AttentionSite
+from .graph_inputs import fake_tensor, hint
+from .place_output import OutputPlace, place_output
 from .trace_projections import same_source, trace_projections
 
 _ANNOUNCE = (
@@ -35,6 +36,7 @@ class Rewrite:
     weight: fx.Node
     """Parameter whose identity is the layer's identity."""
     device: torch.device
+    place: OutputPlace
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     q, k, v = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.v)
     out = fake_tensor(site.node)
     if q is None or k is None or v is None or out is None or {q.dim(), k.dim(), v.dim()} != {4}:
+        if site.declined is not None:
+            return Decline(site, *site.declined)
         return Decline(site, Reason.RANK, "" if q is None else f"q has {q.dim()} dimensions")
 
     projections = [trace_projections(node) for node in (site.q, site.k, site.v)]
@@ -81,6 +85,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     ):
         return Decline(site, Reason.CROSS_ATTENTION, "k and v are projected from another input")
 
+    if site.declined is not None:
+        return Decline(site, *site.declined)
     if site.attn_mask is not None:
         return Decline(site, Reason.MASK)
     if site.is_causal is not False:
@@ -93,7 +99,7 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(site, Reason.GQA)
     if not statically_known_true(q.shape[0] == k.shape[0]) or k.shape[:3] != v.shape[:3]:
         return Decline(site, Reason.RANK, "q, k and v have to agree in batch, heads and length")
-    if any(x.requires_grad for x in (q, k, v)):
+    if any(x.requires_grad for x in (q, k, v, out)):
         return Decline(site, Reason.GRAD, "the op has no backward; run under torch.no_grad()")
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
         return Decline(
@@ -104,8 +110,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(
             site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
         )
-    if _hint(q.shape[2]) < options.min_seq_len:
-        return Decline(site, Reason.SHORT, f"{_hint(q.shape[2])} tokens, min_seq_len={options.min_seq_len}")
+    if hint(q.shape[2]) < options.min_seq_len:
+        return Decline(site, Reason.SHORT, f"{hint(q.shape[2])} tokens, min_seq_len={options.min_seq_len}")
     kernel = select_kernel(q.device, q.dtype, dim)
     if isinstance(kernel, str):
         return Decline(site, Reason.DEVICE, kernel)
@@ -114,9 +120,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     weight = next((p.weight for p in projections[0] if p.weight.op == "placeholder"), None)
     if weight is None:
         return Decline(site, Reason.NO_IDENTITY)
+    place = place_output(site, q, out)
+    if isinstance(place, str):
+        return Decline(site, Reason.LAYOUT, place)
     scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
-    return Rewrite(site, scale, kernel, weight, q.device)
+    return Rewrite(site, scale, kernel, weight, q.device, place)
 
-
-def _hint(size: int | torch.SymInt) -> int:
-    return size if isinstance(size, int) else int(size.node.hint)
