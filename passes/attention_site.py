@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import torch
 from torch import fx
 
 from ..decisions import Reason
@@ -37,7 +39,7 @@ class AttentionSite:
     """A number, or None for 1 / sqrt(D), or the node that computes it."""
     enable_gqa: Any = False
     inner: tuple[fx.Node, ...] = ()
-    """Nodes that have no purpose without `node`, in any order; those that nothing else uses go with it."""
+    """Nodes that have no purpose without `node`, its centre first; those that nothing else uses go with it."""
     match: Any = None
     """What `pattern` found and `check` and `rewrite` want to know."""
     layer: str = ""
@@ -74,3 +76,29 @@ class Spelling:
     def rewrite(self, site: AttentionSite, out: Operand) -> Operand:
         """Bring the result `out`, `[B, H, Sq, D]`, to the shape and dtype of `site.node`."""
         return out
+
+
+def first_result(node: fx.Node) -> fx.Node | None:
+    """The node of the attention's result: `node` itself, or the first of its several results; None if it has no use."""
+    if isinstance(node.meta.get("example_value"), torch.Tensor):
+        return node
+    firsts = [user for user in node.users if user.target is operator.getitem and user.args[1] == 0]
+    return firsts[0] if len(firsts) == 1 else None
+
+
+def other_results_used(node: fx.Node) -> bool:
+    """Whether anything but the first of several results of `node` is used."""
+    if isinstance(node.meta.get("example_value"), torch.Tensor):
+        return False
+    others = [user for user in node.users if user.target is not operator.getitem or user.args[1] != 0]
+    return not all(map(_is_dead, others))
+
+
+def dead_ends(node: fx.Node) -> tuple[fx.Node, ...]:
+    """What is computed from `node` for nothing: Dynamo leaves the arithmetic on results that the user's code drops."""
+    dead = [user for user in node.users if _is_dead(user)]
+    return tuple(dict.fromkeys((*dead, *(end for user in dead for end in dead_ends(user)))))
+
+
+def _is_dead(node: fx.Node) -> bool:
+    return node.op != "output" and node.target is not operator.setitem and all(map(_is_dead, node.users))

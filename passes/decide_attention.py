@@ -6,16 +6,18 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .attention_site import AttentionSite
-from .graph_inputs import fake_tensor, hint
+from .graph_inputs import fake_tensor, fake_value, hint
 from .place_output import OutputPlace, place_output
 from .trace_projections import same_source, trace_projections
 
@@ -91,9 +93,11 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(site, Reason.MASK)
     if site.is_causal is not False:
         return Decline(site, Reason.CAUSAL)
-    if site.dropout_p != 0:
+    dropout_p = _number(site.dropout_p)
+    if dropout_p is None or hint(dropout_p) != 0:
         return Decline(site, Reason.DROPOUT, f"p={site.dropout_p}; call model.eval()")
-    if site.scale is not None and not isinstance(site.scale, int | float):
+    scale = 1.0 / math.sqrt(q.shape[3]) if site.scale is None else _number(site.scale)
+    if scale is None:
         return Decline(site, Reason.SCALE)
     if site.enable_gqa or not statically_known_true(q.shape[1] == k.shape[1]):
         return Decline(site, Reason.GQA)
@@ -123,6 +127,13 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     place = place_output(site, q, out)
     if isinstance(place, str):
         return Decline(site, Reason.LAYOUT, place)
-    scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
-    return Rewrite(site, scale, kernel, weight, q.device, place)
+    float(dropout_p)  # a number that torch took for variable becomes a constant: another one is compiled anew
+    return Rewrite(site, float(scale), kernel, weight, q.device, place)
 
+
+def _number(value: Any) -> float | torch.SymFloat | None:
+    """A Python number of the model, which `dynamic=True` makes a symbol; None if sizes or tensors are in it."""
+    value = fake_value(value) if isinstance(value, fx.Node) else value
+    if isinstance(value, torch.SymFloat):
+        return value if all(symbol_is_type(s, SymT.FLOAT) for s in value.node.expr.free_symbols) else None
+    return value if isinstance(value, int | float) else None

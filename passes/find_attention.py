@@ -9,10 +9,20 @@ from collections.abc import Sequence
 from torch import fx
 
 from .attention_site import AttentionSite, Declined, Spelling
+from .match_flex_attention import FlexAttentionSpelling
+from .match_fused_op import FusedOpSpelling
+from .match_multi_head_attention import MultiheadAttentionSpelling
 from .match_sdpa import SdpaSpelling
+from .match_softmax_attention import SoftmaxSpelling
 from .spelling_registry import registered_spellings
 
-BUILT_IN: tuple[Spelling, ...] = (SdpaSpelling(),)
+BUILT_IN: tuple[Spelling, ...] = (
+    SdpaSpelling(),
+    FusedOpSpelling(),
+    MultiheadAttentionSpelling(),
+    FlexAttentionSpelling(),
+    SoftmaxSpelling(),
+)
 
 
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
@@ -46,8 +56,8 @@ def _match(spelling: Spelling, node: fx.Node) -> AttentionSite | None:
         return None
     if not isinstance(site, AttentionSite) or not isinstance(declined, Declined | None):
         raise TypeError(
-            f"attention spelling {spelling.name!r} returned {site!r} from pattern and {declined!r} from check; allowed: "
-            "an AttentionSite or None, and a Declined or None"
+            f"attention spelling {spelling.name!r} returned {site!r} from pattern and {declined!r} from check; "
+            "allowed: an AttentionSite or None, and a Declined or None"
         )
     return dataclasses.replace(site, spelling=spelling, declined=declined)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import torch
 from torch import fx
@@ -27,9 +28,9 @@ def fake_tensor(node: object) -> torch.Tensor | None:
     return value if isinstance(value, torch.Tensor) else None
 
 
-def hint(size: int | torch.SymInt) -> int:
-    """The size at the call that is being compiled. Asking adds no guard."""
-    return size if isinstance(size, int) else int(size.node.hint)
+def hint(value: float | torch.SymInt | torch.SymFloat) -> Any:
+    """A size or number as it is at the call that is being compiled. Asking adds no guard."""
+    return value.node.hint if isinstance(value, torch.SymInt | torch.SymFloat) else value
 
 
 def source_name(node: fx.Node) -> str:

@@ -28,8 +28,7 @@ def place_output(site: AttentionSite, q: torch.Tensor, out: torch.Tensor) -> Out
         q: fake queries `[B, H, Sq, D]`.
         out: fake value of `site.node`.
     """
-    expected = not out.is_contiguous()
-    for heads_last in (expected, not expected):
+    for heads_last in (True, False):  # where both would do, the next projection wants heads last
         result = planned_result(ops.allocate_outputs(q, q, heads_last, return_lse=False)[0])
         restored = fake_tensor(site.restore(result))
         if restored is None or list(map(hint, restored.shape)) != list(map(hint, out.shape)):
@@ -39,7 +38,7 @@ def place_output(site: AttentionSite, q: torch.Tensor, out: torch.Tensor) -> Out
         if _strides(restored) == _strides(out):
             return OutputPlace(heads_last, contiguous=False)
     if restored is fake_tensor(result):
-        return OutputPlace(expected, contiguous=False)
+        return OutputPlace(not out.is_contiguous(), contiguous=False)
     if out.is_contiguous():
         return OutputPlace(heads_last=False, contiguous=True)
     return f"strides {tuple(out.stride())} cannot be kept"

@@ -32,14 +32,17 @@ def register_spelling(spelling: S) -> S:
         raise TypeError(f"spelling is the class {spelling.__name__}; allowed: an instance of it, {spelling.__name__}()")
     if not isinstance(spelling, Spelling):
         raise TypeError(
-            f"spelling is {spelling!r} ({type(spelling).__name__}); allowed: an instance of a lite_compile.Spelling class"
+            f"spelling is {spelling!r} ({type(spelling).__name__}); allowed: an instance of a subclass of "
+            "lite_compile.Spelling"
         )
     if not isinstance(spelling.name, str):
         raise TypeError(f"name of {type(spelling).__name__} is {spelling.name!r}; allowed: a text")
     if not spelling.name:
         raise ValueError(f"name of {type(spelling).__name__} is empty; allowed: a text that the report can print")
     if type(spelling).pattern is Spelling.pattern:
-        raise ValueError(f"{type(spelling).__name__} has no method pattern(node); allowed: AttentionSite or None from it")
+        raise ValueError(
+            f"{type(spelling).__name__} has no method pattern(node); allowed: AttentionSite or None from it"
+        )
     with _lock:
         if any(other.name == spelling.name for other in _registered):
             raise ValueError(
@@ -65,7 +68,9 @@ def unregister_spelling(spelling: Spelling | str) -> None:
         left = tuple(other for other in _registered if other is not spelling and other.name != name)
         if len(left) == len(_registered):
             allowed = ", ".join(repr(other.name) for other in _registered) or "nothing, none is registered"
-            raise ValueError(f"spelling {name if name is not None else spelling!r} is not registered; allowed: {allowed}")
+            raise ValueError(
+                f"spelling {name if name is not None else spelling!r} is not registered; allowed: {allowed}"
+            )
         _registered = left
 
 
