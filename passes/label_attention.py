@@ -54,7 +54,7 @@ def label_attention(scores: Product, weighted: Product, weights: fx.Node, viewed
     if len(summed) != 1 or set(right) - set(left) != {key} or set(labels) != {*batch, *rows, key}:
         return None
     if len(rows) > 1:
-        return Declined(Reason.GQA, "heads share one k")
+        return Declined(Reason.GQA, "heads share one k") if batch else None  # else k is of no sample: a codebook
     if not rows:
         return None
     (row,), (head_dim,) = rows, summed

@@ -28,6 +28,8 @@ class _Written(NamedTuple):
 
     out_dims: tuple[int, ...]
     """The permutation from `[batch..., tokens, head dim]` to the result."""
+    span: tuple[fx.Node, ...]
+    """What computes the attention, between reading q, k and v and the result."""
     declined: Declined | None
 
 
@@ -48,11 +50,11 @@ class SoftmaxSpelling(Spelling):
         if roles is None:
             return None
         declined = scores.declined or weights.declined
-        inner = (node, *scores.passed, *weights.passed, *scores.terms)
+        span = [node, *scores.passed, *weights.passed]
         out = weights.product.node
         if isinstance(roles, Declined):
             product = scores.product
-            written = _Written((), declined or roles)
+            written = _Written((), (), declined or roles)
             return AttentionSite(out, product.left, product.right, None, inner=(node,), match=written)
         operands = (
             trace_operand(roles.q, roles.q_dims, scaled=True),
@@ -64,14 +66,14 @@ class SoftmaxSpelling(Spelling):
         if not isinstance(scale, fx.Node):
             scale = scale * chosen[0].factor * chosen[1].factor
         q, k, v = (_four_dimensional(origin.planned()) for origin in chosen)
-        passed = dict.fromkeys(node for origin in chosen for node in origin.passed)
-        last = () if out is weights.product.node else (weights.product.node,)
+        span += [passed for origin in chosen for passed in origin.passed]
+        span += [] if out is weights.product.node else [weights.product.node]
         return AttentionSite(
             out, q, k, v,
             scale=scale,
             dropout_p=weights.dropout_p,
-            inner=tuple(dict.fromkeys((*inner, *last, *passed))) if declined is None else (node,),
-            match=_Written(roles.out_dims, declined),
+            inner=tuple(dict.fromkeys((*span, *scores.terms))) if declined is None else (node,),
+            match=_Written(roles.out_dims, tuple(span), declined),
         )  # fmt: skip
 
     def check(self, site: AttentionSite) -> Declined | None:
@@ -122,7 +124,7 @@ def _written_meanwhile(site: AttentionSite) -> fx.Node | None:
 
     The op reads q, k and v where the attention ends.
     """
-    missing = set(site.inner)
+    missing = set(site.match.span)
     node = site.node
     while missing:
         node = node.prev

@@ -136,7 +136,9 @@ def batch_view_of(node: fx.Node) -> fx.Node | None:
     """Input of a view that folds or unfolds the batch dimensions and leaves the last two as they are."""
     source = node.args[0] if node.args else None
     before, after = fake_tensor(source), fake_tensor(node)
-    if node.target not in _VIEWS or before is None or after is None or min(before.dim(), after.dim()) < 2:
+    if node.target not in _VIEWS or before is None or after is None or before.dtype != after.dtype:
+        return None
+    if min(before.dim(), after.dim()) < 2:
         return None
     same = all(statically_known_true(a == b) for a, b in zip(before.shape[-2:], after.shape[-2:], strict=True))
     return source if same and isinstance(source, fx.Node) else None
@@ -146,7 +148,7 @@ def is_zero(value: Any) -> bool:
     """Whether a term of a sum is provably zero: a number, or zeros that nothing writes to."""
     if is_number(value):
         return bool(value == 0)
-    while isinstance(value, fx.Node) and all(_only_reads(user, value) for user in value.users):
+    while isinstance(value, fx.Node) and _never_written(value):
         if value.target in _ZEROS:
             return True
         if value.target not in _ZEROS_VIEWED or not value.args:
@@ -155,10 +157,18 @@ def is_zero(value: Any) -> bool:
     return False
 
 
-def _only_reads(user: fx.Node, zeros: fx.Node) -> bool:
-    if user.target in _ADD or user.target in _ZEROS_VIEWED or user.target in BADDBMM:
-        return True
-    return user.target in _ADD_IN_PLACE and user.args[0] is not zeros
+def _never_written(zeros: fx.Node) -> bool:
+    """Whether everything that is done with a tensor and its views is to add it to something."""
+    for user in zeros.users:
+        if user.target in _ZEROS_VIEWED:
+            if not _never_written(user):
+                return False
+        elif user.target in _ADD_IN_PLACE:
+            if user.args[0] is zeros:
+                return False
+        elif user.target not in _ADD and user.target not in BADDBMM:
+            return False
+    return True
 
 
 def writes(node: fx.Node) -> bool:

@@ -92,6 +92,9 @@ HAND_WRITTEN: dict[str, Attend] = {
     "dropout_zero": lambda q, k, v: torch.dropout((q @ k.mT * 0.25).softmax(-1), 0.0, True) @ v,
     "timm": timm_attention,
     "zero_mask": zero_mask,
+    "zero_mask_viewed": lambda q, k, v: (
+        q @ k.mT * 0.25 + torch.zeros(1, k.shape[-2], device=q.device).to(q.dtype)[None, None].expand(1, 1, 1, -1)
+    ).softmax(-1) @ v,
     "zero_number": lambda q, k, v: (q @ k.mT * 0.25 + 0.0).softmax(-1) @ v,
     "einsum": lambda q, k, v: torch.einsum(
         "bhij,bhjd->bhid", (torch.einsum("bhid,bhjd->bhij", q, k) * 0.25).softmax(-1), v
@@ -167,6 +170,19 @@ def bias_filled_later(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
 
 
+def bias_filled_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(q.shape[-2], k.shape[-2], dtype=q.dtype, device=q.device)
+    bias[:, :7].fill_(-10.0)
+    return (q @ k.mT * 0.25 + bias).softmax(-1) @ v
+
+
+def bias_filled_after_a_cast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    bias = torch.zeros(q.shape[-2], k.shape[-2], device=q.device)
+    same = bias.float()
+    same.unsqueeze(0).masked_fill_(torch.ones_like(bias, dtype=torch.bool).triu(1), -10.0)
+    return (q @ k.mT * 0.25 + bias.to(q.dtype)).softmax(-1) @ v
+
+
 def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     future = torch.ones(q.shape[-2], k.shape[-2], dtype=torch.bool, device=q.device).triu(1)
     return (q @ k.mT * 0.25).masked_fill(future, -math.inf).softmax(-1) @ v
@@ -197,6 +213,8 @@ LOOK_ALIKES: dict[str, tuple[Attend, Reason | None]] = {
     "unscaled_query_changed_meanwhile": (unscaled_query_changed_meanwhile, Reason.VARIANT),
     "bias": (lambda q, k, v: (q @ k.mT * 0.25 + k.mean(-1)[:, :, None]).softmax(-1) @ v, Reason.MASK),
     "bias_filled_later": (bias_filled_later, Reason.MASK),
+    "bias_filled_through_a_view": (bias_filled_through_a_view, Reason.MASK),
+    "bias_filled_after_a_cast": (bias_filled_after_a_cast, Reason.MASK),
     "baddbmm_with_bias": (folded(baddbmm_with_bias), Reason.MASK),
     "causal": (causal, Reason.MASK),
     "where": (where_mask, Reason.MASK),
@@ -206,6 +224,11 @@ LOOK_ALIKES: dict[str, tuple[Attend, Reason | None]] = {
     "dropout": (lambda q, k, v: F.dropout((q @ k.mT * 0.25).softmax(-1), 0.1) @ v, Reason.DROPOUT),
     "tensor_scale": (lambda q, k, v: (q @ k.mT * v.mean()).softmax(-1) @ v, Reason.SCALE),
     "scale_per_head": (lambda q, k, v: (q @ k.mT * v.mean((0, 2, 3))[:, None, None]).softmax(-1) @ v, Reason.VARIANT),
+    "maximum_subtracted": (
+        lambda q, k, v: ((s := q @ k.mT) - s.amax(-1, keepdim=True)).softmax(-1) @ v, Reason.VARIANT,
+    ),
+    "floor_division": (lambda q, k, v: ((q @ k.mT) // 4).softmax(-1) @ v, Reason.VARIANT),
+    "division_by_zero": (lambda q, k, v: ((q @ k.mT) / 0).softmax(-1) @ v, Reason.VARIANT),
     "tanh": (lambda q, k, v: (q @ k.mT * 0.25).tanh().mul(5.0).softmax(-1) @ v, Reason.VARIANT),
     "softmax_twice": (lambda q, k, v: (q @ k.mT * 0.25).softmax(-1).softmax(-1) @ v, Reason.VARIANT),
     "result_scaled": (
@@ -235,6 +258,14 @@ LOOK_ALIKES: dict[str, tuple[Attend, Reason | None]] = {
     ),
     "two_weights": (lambda q, k, v: (w := (q @ k.mT).softmax(-1)) @ w @ v, None),
     "linear_attention": (lambda q, k, v: q.softmax(-1) @ (k.softmax(-2).mT @ v), None),
+    "codebook": (
+        lambda q, k, v: torch.einsum("bhnk,kd->bhnd", torch.einsum("bhnd,kd->bhnk", q, k[0, 0]).softmax(-1), v[0, 0]),
+        None,
+    ),
+    "attention_sink": (
+        lambda q, k, v: torch.cat([q @ k.mT, q[..., :1]], -1).softmax(-1)[..., :-1] @ v, None,
+    ),
+    "some_weights": (lambda q, k, v: (q @ k.mT).softmax(-1)[..., :32] @ v[:, :, :32], None),
     "sigmoid": (lambda q, k, v: (q @ k.mT * 0.25).sigmoid() @ v, None),
 }  # fmt: skip
 """None of them may be rewritten; the reason, or None if it is no site at all."""
