@@ -17,7 +17,7 @@ OPTIONS: dict[str, Any] = {"inner": "eager", "min_seq_len": 16}
 
 pytestmark = pytest.mark.xfail(
     strict=False,
-    reason="explain looks for the clock inside of its own compile_wrapper, where find_root discards modules",
+    reason="explain runs inside of a compile_wrapper, where find_root discards modules",
 )
 
 
