@@ -56,7 +56,7 @@ def explain(
 
 @contextmanager
 def _entry(original: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
-    """What to capture: a function under a name of its own, or the call of a module whose `forward` has one meanwhile.
+    """What to capture: a function under a name of its own, or a module whose `forward` has one meanwhile.
 
     The call of a module runs its hooks around `forward`. One compiled by `model.compile()` would run what it compiled.
     """
@@ -66,7 +66,7 @@ def _entry(original: Callable[..., Any]) -> Iterator[Callable[..., Any]]:
     own = vars(original).get("forward")
     object.__setattr__(original, "forward", _with_own_code(original.forward))
     try:
-        yield original.__call__ if original._compiled_call_impl is None else original._call_impl
+        yield original if original._compiled_call_impl is None else original._call_impl
     finally:
         object.__delattr__(original, "forward")
         if own is not None:

@@ -15,12 +15,6 @@ from lite_compile import Report
 OPTIONS: dict[str, Any] = {"inner": "eager", "min_seq_len": 16}
 
 
-pytestmark = pytest.mark.xfail(
-    strict=False,
-    reason="explain runs inside of a compile_wrapper, where find_root discards modules",
-)
-
-
 def both(model: torch.nn.Module, *args: Any) -> tuple[Report, Report]:
     """What `explain` says, and what a compilation reports."""
     explained = lite_compile.explain(model, *args, backend_options={"min_seq_len": 16})
