@@ -9,14 +9,20 @@ from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
 from .explanation import explain
 from .layer_stats import Stats, StreamStats, stats
 from .options import Options
+from .passes.attention_site import AttentionSite, Declined, Spelling
+from .passes.planned_nodes import plan
+from .passes.spelling_registry import register_spelling, unregister_spelling
 
 __all__ = [
+    "AttentionSite",
+    "Declined",
     "OptionTypeError",
     "OptionValueError",
     "Options",
     "Reason",
     "Report",
     "SiteReport",
+    "Spelling",
     "Stats",
     "StreamStats",
     "UnsupportedAttentionError",
@@ -24,7 +30,10 @@ __all__ = [
     "explain",
     "generation",
     "liteattention",
+    "plan",
+    "register_spelling",
     "report",
     "reset",
     "stats",
+    "unregister_spelling",
 ]

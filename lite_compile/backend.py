@@ -15,8 +15,9 @@ from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .errors import UnsupportedAttentionError
 from .options import Options
+from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
-from .passes.find_attention import AttentionSite, find_attention
+from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters

@@ -5,16 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from .find_attention import AttentionSite
-from .graph_inputs import NESTED, fake_tensor, follow_from_inputs, size_hint, special_kind
+from .attention_site import AttentionSite
+from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
+from .place_output import OutputPlace, place_output
 from .trace_projections import same_source, trace_projections
 
 _ANNOUNCE = (
@@ -34,6 +37,7 @@ class Rewrite:
     weight: fx.Node
     """Parameter whose identity is the layer's identity."""
     device: torch.device
+    place: OutputPlace
 
 
 @dataclass(frozen=True)
@@ -67,6 +71,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     q, k, v = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.v)
     out = fake_tensor(site.node)
     if q is None or k is None or v is None or out is None or {q.dim(), k.dim(), v.dim()} != {4}:
+        if site.declined is not None:
+            return Decline(site, *site.declined)
         return Decline(site, Reason.RANK, "" if q is None else f"q has {q.dim()} dimensions")
     kind = next(filter(None, map(special_kind, (q, k, v))), "")
     if kind:
@@ -83,19 +89,23 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     sizes = [*q.shape, *k.shape, *v.shape]
     if not all(map(size_hint, sizes)) or not follow_from_inputs(sizes, site.node.graph):
         return Decline(site, Reason.SIZE)
+    if site.declined is not None:
+        return Decline(site, *site.declined)
     if site.attn_mask is not None:
         return Decline(site, Reason.MASK)
     if site.is_causal is not False:
         return Decline(site, Reason.CAUSAL)
-    if site.dropout_p != 0:
+    dropout_p = _number(site.dropout_p)
+    if dropout_p is None or _hint(dropout_p) != 0:
         return Decline(site, Reason.DROPOUT, f"p={site.dropout_p}; call model.eval()")
-    if site.scale is not None and not isinstance(site.scale, int | float):
+    scale = _number(site.scale)
+    if scale is None and site.scale is not None:
         return Decline(site, Reason.SCALE)
     if site.enable_gqa or not statically_known_true(q.shape[1] == k.shape[1]):
         return Decline(site, Reason.GQA)
     if not statically_known_true(q.shape[0] == k.shape[0]) or k.shape[:3] != v.shape[:3]:
         return Decline(site, Reason.RANK, "q, k and v have to agree in batch, heads and length")
-    if any(x.requires_grad for x in (q, k, v)):
+    if any(x.requires_grad for x in (q, k, v, out)):
         return Decline(site, Reason.GRAD, "the op has no backward; run under torch.no_grad()")
     if q.dtype not in _DTYPES or not q.dtype == k.dtype == v.dtype == out.dtype:
         return Decline(
@@ -122,5 +132,23 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     weight = next((p.weight for p in projections[0] if p.weight.op == "placeholder"), None)
     if weight is None:
         return Decline(site, Reason.NO_IDENTITY)
-    scale = 1.0 / math.sqrt(dim) if site.scale is None else float(site.scale)
-    return Rewrite(site, scale, kernel, weight, q.device)
+    place = place_output(site, q, out)
+    if isinstance(place, str):
+        return Decline(site, Reason.LAYOUT, place)
+    # What torch took for variable becomes a constant here: another number is compiled anew.
+    float(dropout_p)
+    scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
+    return Rewrite(site, scale, kernel, weight, q.device, place)
+
+
+def _number(value: Any) -> float | torch.SymFloat | None:
+    """A Python number of the model, which `dynamic=True` makes a symbol; None if sizes or tensors are in it."""
+    value = fake_value(value) if isinstance(value, fx.Node) else value
+    if isinstance(value, torch.SymFloat):
+        return value if all(symbol_is_type(s, SymT.FLOAT) for s in value.node.expr.free_symbols) else None
+    return value if isinstance(value, int | float) else None
+
+
+def _hint(value: float | torch.SymFloat) -> float | None:
+    hint: float | None = value.node.hint if isinstance(value, torch.SymFloat) else value
+    return hint

@@ -1,62 +1,65 @@
-"""Find the attention sites of a graph: every `scaled_dot_product_attention`, in both call styles."""
+"""Find the attention sites of a graph, in every spelling."""
 
 from __future__ import annotations
 
-import inspect
+import dataclasses
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import fx
 
-_SDPA = torch._C._nn.scaled_dot_product_attention
-_SDPA_TARGETS = (
-    _SDPA,
-    torch.nn.functional.scaled_dot_product_attention,
-    torch.ops.aten.scaled_dot_product_attention.default,
+from .attention_site import AttentionSite, Declined, Spelling
+from .match_flex_attention import FlexAttentionSpelling
+from .match_fused_op import FusedOpSpelling
+from .match_multi_head_attention import MultiheadAttentionSpelling
+from .match_sdpa import SdpaSpelling
+from .match_softmax_attention import SoftmaxSpelling
+from .spelling_registry import registered_spellings
+
+BUILT_IN: tuple[Spelling, ...] = (
+    SdpaSpelling(),
+    FusedOpSpelling(),
+    MultiheadAttentionSpelling(),
+    FlexAttentionSpelling(),
+    SoftmaxSpelling(),
 )
 
 
-def _sdpa(
-    query: Any, key: Any, value: Any, attn_mask: Any = None, dropout_p: Any = 0.0, is_causal: Any = False, *,
-    scale: Any = None, enable_gqa: Any = False,
-) -> None:  # fmt: skip
-    """Signature of `torch.nn.functional.scaled_dot_product_attention`."""
-
-
-_SIGNATURE = inspect.signature(_sdpa)
-
-
-@dataclass(frozen=True)
-class AttentionSite:
-    """One attention call: its node and its arguments, whichever way they were written."""
-
-    node: fx.Node
-    layer: str
-    q: Any
-    k: Any
-    v: Any
-    attn_mask: Any
-    dropout_p: Any
-    is_causal: Any
-    scale: Any
-    enable_gqa: Any
-    in_subgraph: bool = False
-    """Whether it belongs to a graph that an operator of the captured one calls."""
-
-
 def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
-    """All attention sites of `gm` in execution order. The graph is not changed."""
-    nodes = [node for node in gm.graph.nodes if node.op == "call_function" and node.target in _SDPA_TARGETS]
-    sites: list[AttentionSite] = []
-    for node, layer in zip(nodes, layer_names(nodes), strict=True):
-        bound = _SIGNATURE.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        q, k, v, *rest = bound.arguments.values()
-        sites.append(AttentionSite(node, layer, q, k, v, *rest))
-    return sites
+    """All attention sites of `gm` in execution order. The graph is not changed.
+
+    What two spellings find belongs to the first of them: those that the user registered, the latest first, then ours.
+    """
+    found: list[AttentionSite] = []
+    taken: set[fx.Node] = set()
+    for spelling in (*registered_spellings(), *BUILT_IN):
+        for node in gm.graph.nodes:
+            if node.op not in ("call_function", "call_method") or node in taken:
+                continue
+            site = _match(spelling, node)
+            if site is not None and site.node not in taken:
+                found.append(site)
+                taken |= {node, site.node, *site.inner}
+    position = {node: index for index, node in enumerate(gm.graph.nodes)}
+    found.sort(key=lambda site: position[site.node])
+    names = layer_names([site.origin for site in found])
+    return [dataclasses.replace(site, layer=name) for site, name in zip(found, names, strict=True)]
+
+
+def _match(spelling: Spelling, node: fx.Node) -> AttentionSite | None:
+    try:
+        site = spelling.pattern(node)
+        declined = None if site is None else spelling.check(site)
+    except Exception as error:
+        raise RuntimeError(f"attention spelling {spelling.name!r} failed at {node.format_node()}") from error
+    if site is None:
+        return None
+    if not isinstance(site, AttentionSite) or not isinstance(declined, Declined | None):
+        raise TypeError(
+            f"attention spelling {spelling.name!r} returned {site!r} from pattern and {declined!r} from check; "
+            "allowed: an AttentionSite or None, and a Declined or None"
+        )
+    return dataclasses.replace(site, spelling=spelling, declined=declined)
 
 
 def layer_names(nodes: Sequence[fx.Node]) -> list[str]:

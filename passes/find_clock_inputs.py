@@ -12,7 +12,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..clock import identify
-from .find_attention import AttentionSite
+from .attention_site import AttentionSite
 from .graph_inputs import (
     argument_name,
     fake_mode,
@@ -27,6 +27,7 @@ from .graph_inputs import (
     source_name,
     special_kind,
 )
+from .planned_nodes import Operand, PlannedNode
 
 LATENT_NAMES = {
     "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
@@ -195,8 +196,8 @@ def _reaches_embedding(start: fx.Node) -> bool:
     return False
 
 
-def _ancestors(nodes: Sequence[object]) -> set[fx.Node]:
-    pending = [n for n in nodes if isinstance(n, fx.Node)]
+def _ancestors(nodes: Sequence[object]) -> set[Operand]:
+    pending: list[Operand] = [n for n in nodes if isinstance(n, fx.Node | PlannedNode)]
     seen = set(pending)
     while pending:
         for parent in pending.pop().all_input_nodes:

@@ -8,7 +8,8 @@ from operator import attrgetter
 
 from torch import fx
 
-from .find_attention import AttentionSite, find_attention, module_path
+from .attention_site import AttentionSite
+from .find_attention import find_attention, module_path
 
 Path = tuple[str, ...]
 
@@ -32,7 +33,7 @@ def _sites_below(gm: fx.GraphModule) -> Iterator[tuple[Path, AttentionSite]]:
             continue
         here = module_path(use)
         first = traced_in.setdefault(name, here)
-        direct = [(module_path(site.node), site) for site in find_attention(graph)]
+        direct = [(module_path(site.origin), site) for site in find_attention(graph)]
         for path, site in (*direct, *_sites_below(graph)):
             moved = (*here, *path[len(first) :]) if path[: len(first)] == first else path or here
             yield moved, replace(site, layer=name)

@@ -13,20 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from .planned_nodes import Operand, PlannedNode
+
 
 def placeholders(graph: fx.Graph) -> list[fx.Node]:
     """The graph's inputs, in calling order."""
     return [node for node in graph.nodes if node.op == "placeholder"]
 
 
-def fake_value(node: fx.Node) -> object:
-    """The fake tensor (or symbol) that Dynamo computed for `node`."""
+def fake_value(node: Operand) -> object:
+    """The fake tensor (or symbol) that Dynamo computed for `node`, or that `plan` did."""
     return node.meta.get("example_value")
 
 
 def fake_tensor(node: object) -> torch.Tensor | None:
     """`fake_value` where it is a tensor."""
-    value = fake_value(node) if isinstance(node, fx.Node) else None
+    value = fake_value(node) if isinstance(node, fx.Node | PlannedNode) else None
     return value if isinstance(value, torch.Tensor) else None
 
 

@@ -11,8 +11,10 @@ from torch import fx
 
 from .. import ops
 from ..skip_state import TileShape, state_shape
+from .attention_site import AttentionSite
 from .decide_attention import Rewrite
 from .graph_inputs import append_input, fake_tensor
+from .planned_nodes import Operand, copy_origin, emit, plan
 
 Size = int | torch.SymInt
 
@@ -34,38 +36,55 @@ def rewrite_attention(
     gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, threshold: float, max_streams: int
 ) -> list[StateInput]:
     """Replace each site by `lite_compile::attend`; the rest of the graph is untouched."""
-    return [_rewrite(gm.graph, number, rewrite, now, threshold, max_streams) for number, rewrite in enumerate(rewrites)]
+    emitted: dict[Operand, fx.Node] = {}
+    return [
+        _rewrite(gm.graph, number, rewrite, now, threshold, max_streams, emitted)
+        for number, rewrite in enumerate(rewrites)
+    ]
 
 
 def _rewrite(
-    graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, threshold: float, max_streams: int
-) -> StateInput:
-    site, tile = rewrite.site, rewrite.kernel.tile
+    graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, threshold: float, max_streams: int,
+    emitted: dict[Operand, fx.Node],
+) -> StateInput:  # fmt: skip
+    site, tile, place = rewrite.site, rewrite.kernel.tile, rewrite.place
     q, k, out = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.node)
     assert q is not None
     assert k is not None
-    assert out is not None
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
     shape = state_shape(max_streams, batch, heads, q_len, k_len, tile)
     state = append_input(graph, f"lite_state_{number}", q.new_empty(shape, dtype=torch.int32))
 
     with graph.inserting_before(site.node):
+        operands = emit(graph, (site.q, site.k, site.v), emitted, like=site.origin)
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
-            (site.q, site.k, site.v, state, now, rewrite.scale, threshold, tile.q, tile.k, _heads_last(out)),
+            (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
         )
         result = graph.call_function(operator.getitem, (attend, 0))
-    for key in ("stack_trace", "nn_module_stack", "source_fn_stack"):
-        if key in site.node.meta:
-            attend.meta[key] = result.meta[key] = site.node.meta[key]
-    attend.meta["example_value"] = ops.allocate_outputs(q, q, _heads_last(out), return_lse=False)
-    result.meta["example_value"] = out
-    site.node.replace_all_uses_with(result)
-    graph.erase_node(site.node)
+        copy_origin(site.origin, attend)
+        copy_origin(site.origin, result)
+        attend.meta["example_value"] = ops.allocate_outputs(q, q, place.heads_last, return_lse=False)
+        result.meta["example_value"] = attend.meta["example_value"][0]
+        restored = emit(graph, _restore(site, result, place.contiguous), emitted, like=site.origin)
+    restored.meta["example_value"] = out
+    site.node.replace_all_uses_with(restored)
+    emitted[site.node] = restored
+    _erase(graph, site)
     return StateInput(site.layer, rewrite.weight, tile, q_len, k_len, tuple(shape))
 
 
-def _heads_last(out: torch.Tensor) -> bool:
-    """Whether the dense attention would have laid its output out as `[B, S, H, D]`: code after it may view it so."""
-    return not out.is_contiguous()
+def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:
+    restored = site.restore(result)
+    return plan("contiguous", restored) if contiguous else restored
+
+
+def _erase(graph: fx.Graph, site: AttentionSite) -> None:
+    """Take out the dense attention, as far as nothing else uses it."""
+    graph.erase_node(site.node)
+    left = set(site.inner)
+    while unused := [node for node in left if not node.users]:
+        for node in unused:
+            graph.erase_node(node)
+        left.difference_update(unused)

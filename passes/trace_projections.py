@@ -9,6 +9,7 @@ import torch
 from torch import fx
 
 from .graph_inputs import fake_tensor, is_static
+from .planned_nodes import Operand, PlannedNode
 
 _PRODUCT = re.compile(r"\w*(linear|matmul|mm|gemv)|conv(?!er[ts])\w*|einsum|tensordot")
 """One word of the name of an operator that multiplies by a matrix: linear, addmm, conv3d, int8_linear, _scaled_mm."""
@@ -25,15 +26,15 @@ _LARGEST_WEIGHT_EXPRESSION = 30
 class Projection(NamedTuple):
     """`activation @ weight`, in whatever spelling (linear, matmul, addmm, convolution, a quantised op)."""
 
-    activation: fx.Node
+    activation: Operand
     weight: fx.Node
 
 
 def trace_projections(start: object) -> list[Projection]:
     """Nearest projections above `start`, in a fixed order; empty where the graph does not show any."""
     found: dict[Projection, None] = {}
-    seen: set[fx.Node] = set()
-    pending = [start] if isinstance(start, fx.Node) else []
+    seen: set[Operand] = set()
+    pending: list[Operand] = [start] if isinstance(start, fx.Node | PlannedNode) else []
     while pending:
         node = pending.pop()
         if node in seen or is_static(node):
@@ -52,7 +53,7 @@ def same_source(left: list[Projection], right: list[Projection]) -> bool:
     return bool({p.activation for p in left} & {p.activation for p in right})
 
 
-def _as_projection(node: fx.Node) -> Projection | None:
+def _as_projection(node: Operand) -> Projection | None:
     if not is_product(node):
         return None
     inputs = node.all_input_nodes
@@ -64,7 +65,7 @@ def _as_projection(node: fx.Node) -> Projection | None:
     return Projection(_skip_casts(activations[0]), weights[0])
 
 
-def is_product(node: fx.Node) -> bool:
+def is_product(node: Operand) -> bool:
     """Whether the name of a function or method says so; norms and rotary embeddings have static matrices as well."""
     if node.op not in ("call_function", "call_method"):
         return False
@@ -72,12 +73,13 @@ def is_product(node: fx.Node) -> bool:
     return any(_PRODUCT.fullmatch(word) for word in re.split(r"[^a-z]+", str(name).lower()))
 
 
-def _static_root(node: fx.Node) -> fx.Node | None:
+def _static_root(node: Operand) -> fx.Node | None:
     """The static matrix that `node` is, or is computed from without any activation (a normed or quantised weight)."""
-    root, pending, seen = None, [node], {node}
+    root: fx.Node | None = None
+    pending, seen = [node], {node}
     while pending:
         current = pending.pop()
-        if is_static(current):
+        if isinstance(current, fx.Node) and is_static(current):
             root = current if root is None and _is_matrix(current) else root
             continue
         parents = [n for n in current.all_input_nodes if n not in seen]
@@ -93,7 +95,7 @@ def _is_matrix(node: fx.Node) -> bool:
     return node.op == "get_attr" or (value is not None and value.dim() >= 2)
 
 
-def _skip_casts(node: fx.Node) -> fx.Node:
+def _skip_casts(node: Operand) -> Operand:
     while node.op in ("call_function", "call_method") and node.target in _CASTS_AND_VIEWS:
         node = node.all_input_nodes[0]
     return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lite_compile import Options
+from lite_compile import Options, clear_report, report
 from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import find_clock_inputs
@@ -62,7 +63,7 @@ class Denoiser(nn.Module):
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
         angles = timestep[:, None].float() * torch.arange(DIM // 2, device=timestep.device)
-        x = hidden_states + torch.cat([angles.sin(), angles.cos()], -1)[:, None]
+        x = hidden_states + torch.cat([angles.sin(), angles.cos()], -1)[:, None].to(hidden_states.dtype)
         x = x + self.attn(x)
         return x if self.cross is None else x + self.cross(x, prompt)
 
@@ -78,3 +79,35 @@ def decide(gm: fx.GraphModule, options: Options = OPTIONS) -> list[Rewrite | Dec
     sites = find_attention(gm)
     clock = find_clock_inputs(gm, sites)
     return decide_attention(sites, clock if isinstance(clock, str) else None, options)
+
+
+def random_inputs(
+    batch: int = 1, tokens: int = TOKENS, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Arguments of a `Denoiser` that differ from token to token."""
+    latents, timestep, prompt = inputs(batch, tokens, dtype)
+    noise = torch.Generator().manual_seed(0)
+    return torch.randn(latents.shape, generator=noise).to(dtype), timestep, prompt
+
+
+def run_both(
+    model: nn.Module, sites: int = 1, dtype: torch.dtype = torch.float32, **kwargs: Any
+) -> tuple[Tensor, Tensor]:
+    """Outputs of `model` without compilation, and with all its `sites` rewritten and nothing skipped.
+
+    Args:
+        kwargs: `batch` and `tokens` of the inputs.
+    """
+    torch.manual_seed(0)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.to(dtype).eval()
+    latents, timestep, prompt = random_inputs(dtype=dtype, **kwargs)
+    torch._dynamo.reset()
+    clear_report()
+    options = {"inner": "eager", "min_seq_len": 1, "threshold": -math.inf}
+    with torch.no_grad():
+        sparse = torch.compile(model, backend="liteattention", fullgraph=True, options=options)
+        outputs = model(latents, timestep, prompt), sparse(latents, timestep, prompt)
+    assert [site.rewritten for site in report()] == [True] * sites, str(report())
+    return outputs

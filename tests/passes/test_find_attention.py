@@ -5,6 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs import Denoiser, capture, inputs
+from torch import Tensor
 
 from lite_compile.passes.find_attention import find_attention, layer_names
 
@@ -42,8 +43,20 @@ def test_arguments_are_kept() -> None:
 
 
 def test_other_attention_is_not_a_site() -> None:
-    gm = capture(Denoiser(lambda q, k, v: (q @ k.transpose(-1, -2)).softmax(-1) @ v), *inputs())
+    gm = capture(Denoiser(lambda q, k, v: (q @ k.transpose(-1, -2)).sigmoid() @ v), *inputs())
     assert find_attention(gm) == []
+
+
+def test_spellings_are_found_in_execution_order() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        first = (q @ k.mT).softmax(-1) @ v
+        second = F.scaled_dot_product_attention(first, k, v)
+        return (second @ k.mT).softmax(-1) @ v
+
+    sites = find_attention(capture(Denoiser(attend), *inputs()))
+    assert [site.spelling.name for site in sites if site.spelling] == [
+        "softmax attention", "scaled_dot_product_attention", "softmax attention",
+    ]  # fmt: skip
 
 
 def node_in(path: str | None) -> torch.fx.Node:
