@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from .clock import RESET, advance, clock_words
 from .ops import NOW_SLOT, NOW_WORDS
 from .passes.find_clock_inputs import LATENT_NAMES, TIMESTEP_NAMES
+from .passes.graph_inputs import special_kind
 
 _CALL = nn.Module._wrapped_call_impl.__code__
 _numbers = itertools.count(1)
@@ -259,7 +260,9 @@ def dense_now(device: torch.device) -> Tensor:
 
 
 def _is_latent_like(x: object) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and x.dim() >= 3
+    if not isinstance(x, Tensor) or special_kind(x):
+        return False
+    return x.is_floating_point() and x.dim() >= 3 and x.numel() > 0
 
 
 def _is_timestep_like(x: object) -> bool:
@@ -270,7 +273,9 @@ def _is_timestep_like(x: object) -> bool:
 
 def _as_condition(leaf: object) -> Tensor | int | float | None:
     """A leaf of the arguments as the clock takes it; None for what it cannot compare."""
-    if isinstance(leaf, Tensor | int | float):
+    if isinstance(leaf, Tensor):
+        return None if special_kind(leaf) else leaf
+    if isinstance(leaf, int | float):
         return leaf
     if leaf is None:
         return 0

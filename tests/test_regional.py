@@ -277,3 +277,30 @@ def test_a_model_without_timestep_says_what_is_missing() -> None:
     (site,) = lite_compile.report().sites
     assert site.reason is lite_compile.Reason.NO_CLOCK
     assert "by these names" in site.detail
+
+
+@pytest.mark.parametrize("kind", ["sparse", "csr"])
+def test_conditioning_that_the_clock_cannot_read_leaves_blocks_dense(kind: str) -> None:
+    class Sparse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.model = compile_blocks(tiny_wan())
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, table: Tensor, prompt: Tensor) -> Tensor:
+            model = self.model
+            scale = table.to_dense().sum()
+            freqs, x = model.rope(hidden_states), model.patch_embedding(hidden_states * scale).flatten(2).mT
+            temb, projected, text, _ = model.condition_embedder(timestep, prompt, None)
+            for block in model.blocks:
+                x = block(x, text, projected.unflatten(1, (6, -1)), freqs)
+            return x + temb[:, None]
+
+    model = Sparse().eval()
+    table = torch.eye(4, device=DEVICE)
+    table = table.to_sparse() if kind == "sparse" else table.to_sparse_csr()
+    with torch.no_grad():
+        for t in (1000.0, 900.0):
+            out = model(noise(0) * t / 1000, torch.tensor([t], device=DEVICE), table, prompt(0))
+    assert out.isfinite().all()
+    sites = [site for site in lite_compile.report().sites if site.layer.endswith("attn1")]
+    assert {site.reason for site in sites} == {lite_compile.Reason.NO_CLOCK}
