@@ -45,7 +45,7 @@ GPU_DTYPE ?= bfloat16
 GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/test_lifetime.py tests/test_inductor.py \
     tests/test_regional.py tests/test_identity.py
 
-test-gpu:  ## tests/gpu on a CUDA machine, with PYTHON's own torch
+test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 	    { echo "make test-gpu: $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
 	@rm -rf $(SITE) build/lib

@@ -23,7 +23,7 @@ from .announce import active_generation
 from .skip_state import TileShape
 
 MAX_BINDINGS = 16
-"""Graphs and models that share a first layer and for which states are kept; beyond that the oldest is dropped."""
+"""Graphs and models that share a first layer and keep their states; beyond that the least recently used is dropped."""
 MAX_SHAPES = 8
 """Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
@@ -66,7 +66,7 @@ class Binding:
         self._ids = [id(tensor) for tensor in tensors]  # good for as long as none of them is gone
         expire = partial(_expire, weakref.ref(self))
         self._tensors = [weakref.ref(tensor, expire) for tensor in tensors]
-        self._versions = _versions(tensors)
+        self._versions = versions(tensors)
         self.expired = False
         """Whether a tensor is gone: its id may come back as another one's."""
         self._device = device
@@ -92,7 +92,7 @@ class Binding:
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
-        return self._versions == _versions(tensors)
+        return self._versions == versions(tensors)
 
     def belongs_to(self, parameters: set[int]) -> bool:
         """Whether the model has one of these parameters or buffers (by id)."""
@@ -123,7 +123,7 @@ class Binding:
         self.clock, self.names = clock, tuple(names)
         self._states.clear()
 
-    def anchors(self) -> list[Tensor | None]:
+    def tensors(self) -> list[Tensor | None]:
         """The parameters and buffers that identify the model, the weights of the graph's layers first."""
         return [ref() for ref in self._tensors]
 
@@ -196,7 +196,8 @@ def layer_states(model: nn.Module | None = None) -> list[LayerState]:
     return [state for b in ordered if any(x is b for x in latest.values()) for state in b.all_states()]
 
 
-def _versions(tensors: Sequence[Tensor]) -> list[int]:
+def versions(tensors: Sequence[Tensor]) -> list[int]:
+    """How often each was written to, as far as it can be known."""
     try:
         return [tensor._version for tensor in tensors]
     except RuntimeError:  # tensors made under inference mode have none

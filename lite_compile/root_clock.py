@@ -13,7 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -24,9 +24,13 @@ from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
 from .clock import RESET, advance, clock_words
+from .layer_state import versions
 from .ops import NOW_SLOT, NOW_WORDS
 from .passes.find_clock_inputs import LATENT_NAMES, TIMESTEP_NAMES
 from .passes.graph_inputs import special_kind
+
+RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
+"""A module, the frame of a call of it, and the arguments of that call."""
 
 _CALL = nn.Module._wrapped_call_impl.__code__
 _numbers = itertools.count(1)
@@ -100,7 +104,7 @@ class Root:
     def __init__(self, module: nn.Module) -> None:
         self._clocks: dict[tuple[int, int, torch.device], RootClock] = {}
         self.call: RootCall | None = None
-        self._buffers = _versions(module)
+        self._buffers = _contents(module)
         module.register_forward_pre_hook(_EnterHook(), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(), always_call=True)
 
@@ -119,7 +123,7 @@ class Root:
                 return
             found = read_arguments(module, args, kwargs)
             self.call = None if isinstance(found, str) else RootCall(self, frame, threading.get_ident(), found)
-            buffers = _versions(module)
+            buffers = _contents(module)
             if buffers != self._buffers:  # they may hold a prompt
                 self._buffers = buffers
                 for clock in self._clocks.values():
@@ -173,9 +177,6 @@ def current_call() -> RootCall | None:
         return root.call
 
 
-RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
-
-
 def find_root() -> RootFrame | str:
     """The innermost module above the running code whose call shows latents and a timestep; or why there is none.
 
@@ -223,10 +224,13 @@ def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     name = max(latents, key=lambda n: latents[n].numel())
     time = next(iter(timesteps))
     rest = tree_leaves([value for key, value in named.items() if key not in (name, time)])
-    conditions = tuple(map(_as_condition, rest))
-    if any(condition is None for condition in conditions):
-        return "an argument is of a kind that the clock cannot watch"
-    return ClockArguments(latents[name], timesteps[time], conditions, (name, time))  # type: ignore[arg-type]
+    conditions = []
+    for leaf in rest:
+        condition = _as_condition(leaf)
+        if condition is None:
+            return f"an argument holds a {type(leaf).__name__}, which the clock cannot watch"
+        conditions.append(condition)
+    return ClockArguments(latents[name], timesteps[time], tuple(conditions), (name, time))
 
 
 def describe_root(found: RootFrame) -> str:
@@ -288,14 +292,18 @@ def _usable(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _versions(module: nn.Module) -> list[tuple[int, int]]:
-    return [(id(buffer), -1 if buffer.is_inference() else buffer._version) for buffer in module.buffers()]
+def _contents(module: nn.Module) -> tuple[list[int], list[int]]:
+    """Differs when a buffer was replaced or written to."""
+    buffers = list(module.buffers())
+    return list(map(id, buffers)), versions(buffers)
 
 
 def _calling_frame(module: nn.Module) -> FrameType | None:
     """The frame of the call of `module` whose hook is running."""
-    is_call: Callable[[FrameType], bool] = lambda frame: frame.f_code is _CALL and frame.f_locals["self"] is module  # noqa: E731
-    return next(filter(is_call, _frames(sys._getframe(1))), None)
+    for frame in _frames(sys._getframe(1)):
+        if frame.f_code is _CALL and frame.f_locals["self"] is module:
+            return frame
+    return None
 
 
 def _enters_compiled_code(frame: FrameType) -> bool:

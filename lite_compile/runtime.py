@@ -150,7 +150,7 @@ class StatefulGraph:
         root = call.clock(self._max_streams, self._device)
         if binding.clock is not root.clock:
             binding.move_to(
-                root.clock, full_names(call.module, [layer for layer, _ in self._layers], binding.anchors())
+                root.clock, full_names(call.module, [layer for layer, _ in self._layers], binding.tensors())
             )
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from lite_compile import Options, clear_report, report
+from lite_compile import Options, Reason, clear_report, report
+from lite_compile.backend import rewrite_graph
 from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import find_clock_inputs
@@ -111,3 +112,14 @@ def run_both(
         outputs = model(latents, timestep, prompt), sparse(latents, timestep, prompt)
     assert [site.rewritten for site in report()] == [True] * sites, str(report())
     return outputs
+
+
+def assert_left_alone(attend: Callable[..., Tensor], reason: Reason | None) -> None:
+    """Attention in this spelling stays dense for this reason (None: it is no site), and its graph is not touched."""
+    gm = capture(Denoiser(attend), *inputs(batch=2))
+    before = gm.code
+    rewritten, state, found = rewrite_graph(gm, OPTIONS)
+    assert rewritten is gm
+    assert state is None
+    assert gm.code == before
+    assert [site.reason for site in found.sites] == ([] if reason is None else [reason])

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs import HEADS, OPTIONS, TOKENS, Denoiser, capture, inputs, run_both
+from graphs import HEADS, OPTIONS, TOKENS, Denoiser, assert_left_alone, capture, inputs, run_both
 from test_insert_step_guard import lines_with
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
@@ -67,10 +67,4 @@ def test_what_is_rewritten(name: str, dynamic: bool) -> None:
 
 @pytest.mark.parametrize("name", DECLINED)
 def test_what_stays_as_it_is(name: str) -> None:
-    attend, reason = DECLINED[name]
-    gm = capture(Denoiser(attend), *inputs(batch=2))
-    before = gm.code
-    rewritten, _, report = rewrite_graph(gm, OPTIONS)
-    assert [site.reason for site in report.sites] == [reason]
-    assert rewritten is gm
-    assert gm.code == before
+    assert_left_alone(*DECLINED[name])

@@ -8,7 +8,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from expecttest import assert_expected_inline
-from graphs import DIM, HEADS, OPTIONS, TOKENS, Denoiser, capture, decide, inputs, random_inputs, run_both
+from graphs import (
+    DIM,
+    HEADS,
+    OPTIONS,
+    TOKENS,
+    Denoiser,
+    assert_left_alone,
+    capture,
+    decide,
+    inputs,
+    random_inputs,
+    run_both,
+)
 from spellings import HAND_WRITTEN, LOOK_ALIKES, Attend, folded
 from test_insert_step_guard import lines_with
 from torch import Tensor, nn
@@ -110,14 +122,7 @@ def test_one_compilation_serves_several_lengths(name: str) -> None:
 
 @pytest.mark.parametrize("name", LOOK_ALIKES)
 def test_look_alikes_stay_as_they_are(name: str) -> None:
-    attend, reason = LOOK_ALIKES[name]
-    gm = capture(Denoiser(attend), *inputs(batch=2))
-    before = gm.code
-    rewritten, state, found = rewrite_graph(gm, OPTIONS)
-    assert rewritten is gm
-    assert state is None
-    assert gm.code == before
-    assert [site.reason for site in found.sites] == ([] if reason is None else [reason])
+    assert_left_alone(*LOOK_ALIKES[name])
 
 
 def test_a_declined_neighbour_is_not_touched() -> None:
