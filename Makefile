@@ -12,7 +12,7 @@ MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-gpu lint format types bench-cpu build clean
+.PHONY: help env demo test test-slow test-gpu lint format types bench-cpu build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,9 @@ demo: $(STAMP)  ## compare Inductor alone with backend="liteattention" on a Wan 
 
 test: lint types  ## everything that runs without a GPU: ruff, mypy, pytest (PYTEST_ARGS="-k clock")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
+
+test-slow: $(STAMP)  ## the tests that take minutes each: what the trained model can do (a GPU is used when there is one)
+	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check and ruff format --check
 	$(BIN)/ruff check $(CHECKED)
