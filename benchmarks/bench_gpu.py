@@ -19,10 +19,10 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lite_compile.kernels.attend_triton import triton_tile
+from lite_compile.kernels.select_kernel import Kernel, select_kernel
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count
 
-SHAPES = [(1, 12, 32760, 128), (1, 24, 17408, 64), (2, 16, 4096, 64)]
+SHAPES = [(1, 12, 32760, 128), (1, 24, 17408, 64), (2, 16, 4096, 64), (1, 24, 4096, 128)]
 SKIPPED = [0.0, 0.42, 0.77]
 EPOCH = 1
 
@@ -48,9 +48,10 @@ def imposed_state(shape: tuple[int, int, int, int], tile: TileShape, skipped: fl
     return state, mask
 
 
-def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, tile: TileShape) -> float:
+def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, kernel: Kernel) -> float:
     """Relative error of the first and last rows of tiles against float64 over the kept tiles."""
-    out, _ = attend(q, k, v, state.clone(), tile)
+    tile = kernel.tile
+    out, _ = attend(q, k, v, state.clone(), kernel)
     worst = 0.0
     for row in (0, mask.shape[2] - 1):
         rows = slice(row * tile.q, min((row + 1) * tile.q, q.shape[2]))
@@ -62,9 +63,11 @@ def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, tile: Ti
     return worst
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, tile: TileShape) -> tuple[Tensor, Tensor]:
+def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """One call that uses and records the state; random inputs mark nothing at this threshold."""
-    return torch.ops.lite_compile.attend(q, k, v, state, NOW, q.shape[-1] ** -0.5, -1000.0, tile.q, tile.k)
+    return torch.ops.lite_compile.attend(
+        q, k, v, state, NOW, q.shape[-1] ** -0.5, -1000.0, *kernel.tile, kernel=kernel.name
+    )
 
 
 def sustained(call: object, repeats: int) -> float:
@@ -83,14 +86,14 @@ def sustained(call: object, repeats: int) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--tile", type=int, nargs=2, action="append", help="also time this tile size (q k)")
+    parser.add_argument("--kernel", nargs="+", default=["hopper", "triton"], help="default: all that serve the device")
     arguments = parser.parse_args()
     global NOW
     NOW = torch.tensor([EPOCH, 1, 0, 1], dtype=torch.int32, device="cuda")
     rows = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, sustained")
     print(
-        f"{'shape':>20} {'tile':>8} {'skipped':>8} {'ms':>8} {'TF eff.':>8} {'cuDNN ms':>9} "
+        f"{'shape':>20} {'kernel':>8} {'tile':>8} {'skipped':>8} {'ms':>8} {'TF eff.':>8} {'cuDNN ms':>9} "
         f"{'speed-up':>8} {'vs ideal':>8}"
     )
     for shape in SHAPES:
@@ -99,21 +102,25 @@ def main() -> None:
         repeats = 40 if shape[2] > 8192 else 200
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
             cudnn = sustained(lambda: F.scaled_dot_product_attention(q, k, v), repeats)  # noqa: B023
-        default = triton_tile(torch.cuda.get_device_capability(), q.dtype, shape[3])
-        for tile in [default, *(TileShape(*t) for t in arguments.tile or [])]:
+        for name in arguments.kernel:
+            kernel = select_kernel(q.device, q.dtype, shape[3], name)
+            if isinstance(kernel, str):
+                print(f"{'x'.join(map(str, shape)):>20} {name:>8}: {kernel}")
+                continue
             for share in SKIPPED:
-                state, mask = imposed_state(shape, tile, share)
-                error = check(q, k, v, state, mask, tile)
+                state, mask = imposed_state(shape, kernel.tile, share)
+                error = check(q, k, v, state, mask, kernel)
                 actual = float(mask.float().mean())
-                ms = sustained(lambda: attend(q, k, v, state, tile), repeats)  # noqa: B023
+                ms = sustained(lambda: attend(q, k, v, state, kernel), repeats)  # noqa: B023
                 row = {
-                    "shape": shape, "tile": tile, "skipped": actual, "ms": ms, "cudnn_ms": cudnn, "error": error,
-                    "effective_tflops": flops * (1 - actual) / ms / 1e9,
+                    "shape": shape, "kernel": name, "tile": kernel.tile, "skipped": actual, "ms": ms, "cudnn_ms": cudnn,
+                    "error": error, "effective_tflops": flops * (1 - actual) / ms / 1e9,
                 }  # fmt: skip
                 rows.append(row)
                 print(
-                    f"{'x'.join(map(str, shape)):>20} {f'{tile.q}x{tile.k}':>8} {actual:8.3f} {ms:8.3f} "
-                    f"{row['effective_tflops']:8.0f} {cudnn:9.3f} {cudnn / ms:8.2f} {(1 - actual) * cudnn / ms:8.2f}"
+                    f"{'x'.join(map(str, shape)):>20} {name:>8} {'x'.join(map(str, kernel.tile)):>8} {actual:8.3f} "
+                    f"{ms:8.3f} {row['effective_tflops']:8.0f} {cudnn:9.3f} {cudnn / ms:8.2f} "
+                    f"{(1 - actual) * cudnn / ms:8.2f}"
                 )
     if arguments.json:
         record = {

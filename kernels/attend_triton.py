@@ -16,16 +16,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import LOG2_E, MAX_PROTECTED, NOW_EPOCH, NOW_SLOT
-from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS, TileShape, row_layout, tile_count
+from ..ops import LOG2_E
+from ..skip_state import TileShape, row_layout, tile_count
+from .visit_lists import COMPUTED, EPOCH, HEADER, SIZES, find_row, is_free, range_arguments, write_marks, write_order
 
-_EPOCH, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (EPOCH_WORD, COMPUTED_WORD, HEADER_WORDS))
-_NOW_EPOCH, _NOW_SLOT = tl.constexpr(NOW_EPOCH), tl.constexpr(NOW_SLOT)
 _LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E)
 _LOWEST = tl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
 """Natural units: below it, float32 has no finite value in log2 units."""
-_BLOCK = tl.constexpr(512)
-"""Tiles whose state bits are handled at once."""
 
 
 @triton.jit
@@ -49,61 +46,6 @@ def _load_bias(pointers, inside, ALL_ROWS: tl.constexpr):
 
 
 @triton.jit
-def _is_free(tile, size, protected):
-    """Whether a tile of `size` positions touches none of the four ranges `(start, end, start, end, ...)`."""
-    start = tile * size
-    free = tl.minimum(start + size, protected[1]) <= tl.maximum(start, protected[0])
-    free &= tl.minimum(start + size, protected[3]) <= tl.maximum(start, protected[2])
-    free &= tl.minimum(start + size, protected[5]) <= tl.maximum(start, protected[4])
-    free &= tl.minimum(start + size, protected[7]) <= tl.maximum(start, protected[6])
-    return free
-
-
-@triton.jit
-def _read_ring(row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr):
-    """Tiles at the places `start ...` of the ring, and whether each is an anchor to visit, another to visit, skipped.
-
-    All are int32 `[_BLOCK]`, the last three 0 or 1, and 0 past the end of the ring. `recorded`: `k_tiles`, or 0 if the
-    row is to be read as empty.
-    """
-    place = start + tl.arange(0, _BLOCK)
-    tile = first + place
-    tile = tl.where(tile >= k_tiles, tile - k_tiles, tile)
-    group = tile // anchor_group
-    skip_word = tl.load(row + _HEADER + anchor_words + tile // 32, mask=place < recorded, other=0)
-    anchor_word = tl.load(row + _HEADER + group // 32, mask=place < recorded, other=0)
-    skipped = tl.where(_is_free(tile, TILE_K, protected), (skip_word >> (tile % 32)) & 1, 0)
-    anchor = (anchor_word >> (group % 32)) & 1
-    kept = tl.where(place < k_tiles, 1 - skipped, 0)
-    return tile, kept & anchor, kept & (1 - anchor), skipped
-
-
-@triton.jit
-def _list_visits(
-    row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr
-):
-    """Write the tiles to compute into `order` in `ops.visit_order`, 1 into `marks` of the others; return how many."""
-    anchor_count = 0
-    for start in range(0, k_tiles, _BLOCK):
-        _, anchor, _, _ = _read_ring(
-            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
-        )
-        anchor_count += tl.sum(anchor, 0)
-    anchor_end = 0
-    other_end = anchor_count
-    for start in range(0, k_tiles, _BLOCK):
-        tile, anchor, other, skipped = _read_ring(
-            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
-        )
-        position = tl.where(anchor == 1, anchor_end + tl.cumsum(anchor, 0), other_end + tl.cumsum(other, 0)) - 1
-        tl.store(order + position, tile.to(order.dtype.element_ty), mask=(anchor | other) == 1)
-        tl.store(marks + tile, skipped.to(marks.dtype.element_ty), mask=skipped == 1)
-        anchor_end += tl.sum(anchor, 0)
-        other_end += tl.sum(other, 0)
-    return other_end
-
-
-@triton.jit
 def _record_visits(needed, row_live, total, order, marks, start, count):
     """Write the marks of the visits `start ... start + 31`; bit n of `needed`: visit start + n matters to this row."""
     # A row that has met a NaN needs every tile.
@@ -122,19 +64,13 @@ def _write_row(
     TILE_K: tl.constexpr,
 ):  # fmt: skip
     """Write this program's row of the state. `markable`: `k_tiles`, or 0 if the row may skip none."""
-    tl.store(row + _EPOCH, epoch)
-    tl.store(row + _COMPUTED, count)
+    tl.store(row + EPOCH, epoch)
+    tl.store(row + COMPUTED, count)
     group = argmax_tile // anchor_group
     for i in range(anchor_words):
         bits = tl.where(row_live & (group // 32 == i), 1 << (group % 32), 0)
-        tl.store(row + _HEADER + i, tl.reduce_or(bits, 0))
-    bit = tl.arange(0, 32)[None, :]
-    for start in range(0, tl.cdiv(k_tiles, 32), _BLOCK // 32):
-        word = start + tl.arange(0, _BLOCK // 32)
-        tile = word[:, None] * 32 + bit
-        free = (tile < markable) & _is_free(tile, TILE_K, protected)
-        marked = tl.load(marks + tile, mask=free, other=0).to(tl.int32)
-        tl.store(row + _HEADER + anchor_words + word, tl.reduce_or(marked << bit, 1), mask=word * 32 < k_tiles)
+        tl.store(row + HEADER + i, tl.reduce_or(bits, 0))
+    write_marks(row, marks, markable, protected, k_tiles, anchor_words, TILE_K)
 
 
 class LaunchConfig(NamedTuple):
@@ -174,28 +110,7 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
 time: the kernel mutates its state, and the tile size is the granularity of the masks."""
 
 
-@triton.jit(
-    do_not_specialize=[
-        "streams",
-        "heads",
-        "heads_per_kv",
-        "q_len",
-        "k_len",
-        "q_tiles",
-        "k_tiles",
-        "row_words",
-        "anchor_words",
-        "anchor_group",
-        "start_0",
-        "end_0",
-        "start_1",
-        "end_1",
-        "start_2",
-        "end_2",
-        "start_3",
-        "end_3",
-    ]
-)
+@triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES])
 def _attend_kernel(
     q, k, v, key_bias, out, lse, state, now, scratch,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
@@ -220,17 +135,13 @@ def _attend_kernel(
     batch = (program // q_tiles // heads).to(tl.int64)
     head = (program // q_tiles % heads).to(tl.int64)
 
-    epoch = tl.load(now + _NOW_EPOCH)
-    slot = tl.load(now + _NOW_SLOT)
-    recording = (slot >= 0) & (slot < streams)
-    row = state + (tl.where(recording, slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
-    written_by = tl.load(row + _EPOCH, mask=recording, other=0)
-    markable = tl.where(_is_free(q_tile, TILE_Q, protected), k_tiles, 0)
-    recorded = tl.where(recording & (written_by == epoch), markable, 0)
+    row, epoch, recording, valid = find_row(state, now, program, streams, row_words)
+    markable = tl.where(is_free(q_tile, TILE_Q, protected), k_tiles, 0)
+    recorded = tl.where(valid, markable, 0)
     order = scratch + program.to(tl.int64) * 2 * k_tiles
     marks = order + k_tiles
     first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
-    count = _list_visits(row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K)
+    count = write_order(row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K)
     tl.debug_barrier()
 
     q_row = tl.arange(0, TILE_Q)
@@ -360,7 +271,7 @@ def attend_triton(
             0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
             state.shape[0], heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
             layout.words, layout.anchor_words, layout.anchor_group,
-            *protected, *[0] * (2 * MAX_PROTECTED - len(protected)),
+            *range_arguments(protected),
             scale * LOG2_E, threshold,
             HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE_Q=tile.q, TILE_K=tile.k,
             EVEN_K=k_len % tile.k == 0, HAS_BIAS=key_bias is not None, HAS_LSE=lse is not None,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +11,7 @@ import torch
 from ..skip_state import TileShape
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+HOPPER = (9, 0)
 
 
 @dataclass(frozen=True)
@@ -20,12 +22,19 @@ class Kernel:
     tile: TileShape
 
 
-def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Kernel | str:
-    """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none."""
+def select_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto", biased: bool = False
+) -> Kernel | str:
+    """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none.
+
+    Args:
+        wanted: name of the only kernel that may be taken, or "auto".
+        biased: whether a bias per key is added to the scores.
+    """
     if device.type == "cpu":
         from .attend_cpu import CPU_TILE
 
-        return Kernel("cpu", CPU_TILE)
+        return _not("cpu", wanted) or Kernel("cpu", CPU_TILE)
     if device.type != "cuda":
         return f"{device.type} has no kernel; cpu and cuda do"
     if torch.version.hip is not None:
@@ -35,6 +44,45 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int) -> Ke
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
+    obstacle = _not("hopper", wanted) or hopper_obstacle(capability, dtype, head_dim, biased)
+    if obstacle is None:
+        from .attend_hopper import HOPPER_TILE
+
+        return Kernel("hopper", HOPPER_TILE)
+    if wanted == "hopper":
+        return obstacle
     from .attend_triton import triton_tile
 
-    return Kernel("triton", triton_tile(capability, dtype, head_dim))
+    return _not("triton", wanted) or Kernel("triton", triton_tile(capability, dtype, head_dim))
+
+
+def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, biased: bool) -> str | None:
+    """Why the kernel for Hopper cannot be used, or None if it can."""
+    if capability != HOPPER:
+        return f"the hopper kernel needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
+    if dtype not in (torch.float16, torch.bfloat16):
+        return f"the hopper kernel takes float16 and bfloat16, not {dtype}".replace("torch.", "")
+    if head_dim > 128 or head_dim % 8:
+        return f"the hopper kernel takes head dims up to 128 that are multiples of 8, not {head_dim}"
+    if biased:
+        return "the hopper kernel takes no attention mask"
+    if importlib.util.find_spec("triton.experimental.gluon") is None:
+        return "the hopper kernel needs triton 3.6 or newer"
+    return None
+
+
+def _not(name: str, wanted: str) -> str | None:
+    return None if wanted in ("auto", name) else f"kernel={wanted!r} is asked for"
+
+
+def cuda_kernel(name: str) -> Callable[..., None]:
+    """The function that launches a kernel; raises `ValueError` if there is none of that name."""
+    if name == "hopper":
+        from .attend_hopper import attend_hopper
+
+        return attend_hopper
+    if name == "triton":
+        from .attend_triton import attend_triton
+
+        return attend_triton
+    raise ValueError(f"kernel is {name!r}; allowed on cuda: 'hopper', 'triton'")

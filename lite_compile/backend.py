@@ -13,7 +13,7 @@ from . import ops  # noqa: F401  (registers lite_compile::attend)
 from .announce import active_generation
 from .clock_source import ClockSource
 from .decisions import GraphReport, record
-from .errors import UnsupportedAttentionError
+from .errors import OptionValueError, UnsupportedAttentionError
 from .options import Options
 from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
@@ -60,6 +60,8 @@ def rewrite_or_leave(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphMod
     """`rewrite_graph`, but an error of ours leaves the graph as it was, with a warning and a line in the report."""
     try:
         return rewrite_graph(gm, settings)
+    except OptionValueError:
+        raise
     except Exception as error:
         if settings.on_unsupported == "error":
             raise

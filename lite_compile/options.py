@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple
 from .errors import OptionTypeError, OptionValueError
 
 Inner = Literal["inductor", "aot_eager", "eager"]
+KernelName = Literal["auto", "hopper", "triton", "cpu"]
 OnUnsupported = Literal["dense", "error"]
 
 
@@ -147,6 +148,12 @@ class Options:
     )
     layers: tuple[str, ...] = _option(("*",), _globs, "Globs: only layers whose name matches one are rewritten.")
     exclude_layers: tuple[str, ...] = _option((), _globs, "Globs: layers whose name matches one stay dense.")
+    kernel: KernelName = _option(
+        "auto",
+        _one_of("auto", "hopper", "triton", "cpu"),
+        "Which kernel computes the rewritten attention; 'auto' takes the fastest that can. Where the one asked for "
+        "cannot, compiling raises an error.",
+    )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
     )

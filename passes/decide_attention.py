@@ -13,6 +13,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..decisions import Reason
+from ..errors import OptionValueError
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .attention_site import AttentionSite
@@ -120,8 +121,10 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     assert tokens is not None
     if tokens < options.min_seq_len:
         return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
-    kernel = select_kernel(q.device, q.dtype, dim)
+    kernel = select_kernel(q.device, q.dtype, dim, options.kernel)
     if isinstance(kernel, str):
+        if options.kernel != "auto":
+            raise OptionValueError(f"liteattention option 'kernel' is {options.kernel!r}; {site.layer}: {kernel}")
         return Decline(site, Reason.DEVICE, kernel)
     if site.in_subgraph:
         return Decline(site, Reason.SUBGRAPH, "of a higher-order operator (nested_compile_region, checkpoint, cond)")

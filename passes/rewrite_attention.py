@@ -61,6 +61,7 @@ def _rewrite(
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
+            {} if rewrite.device.type == "cpu" else {"kernel": rewrite.kernel.name},
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, attend)

@@ -1,4 +1,4 @@
-"""The Triton kernel on a real GPU, against float64 and against the reference's skip states."""
+"""The kernels on a real GPU, against float64 and against the reference's skip states."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from lite_compile.kernels.attend_triton import triton_tile
+from lite_compile.kernels.select_kernel import HOPPER, Kernel, hopper_obstacle, select_kernel
 from lite_compile.ops import attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
@@ -32,6 +32,19 @@ SHAPES = [  # batch, heads, q_len, k_len, head_dim
     (1, 2, 515, 515, 256),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
+KERNELS = [
+    "triton",
+    pytest.param(
+        "hopper",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper GPU"
+        ),
+    ),
+]
+
+
+def serves(kernel: str, dtype: torch.dtype, dim: int) -> bool:
+    return kernel == "triton" or hopper_obstacle(HOPPER, dtype, dim, biased=False) is None
 
 
 def make(
@@ -57,55 +70,66 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False,
-    key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    tile = triton_tile(torch.cuda.get_device_capability(), q.dtype, q.shape[-1])
+    tile = chosen(kernel, q).tile
     now = torch.tensor([7, 0, slot, 1], dtype=torch.int32, device="cuda")
     torch.empty_like(q).fill_(float("nan"))  # poison what the allocator may hand out as the output
     return torch.ops.lite_compile.attend(
-        q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse, key_bias, protected
+        q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse, key_bias, protected, kernel
     )
 
 
-def new_state(q: Tensor, k: Tensor) -> tuple[Tensor, TileShape]:
-    tile = triton_tile(torch.cuda.get_device_capability(), q.dtype, q.shape[-1])
+def chosen(kernel: str, q: Tensor) -> Kernel:
+    found = select_kernel(q.device, q.dtype, q.shape[-1], kernel)
+    assert isinstance(found, Kernel), found
+    return found
+
+
+def new_state(q: Tensor, k: Tensor, kernel: str = "triton") -> tuple[Tensor, TileShape]:
+    tile = chosen(kernel, q).tile
     shape = state_shape(2, q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
     return torch.zeros(shape, dtype=torch.int32, device="cuda"), tile
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize(("shape", "dtype"), list(itertools.product(SHAPES, DTYPES)), ids=str)
 @pytest.mark.parametrize("scale", [None, 0.5, -0.3])
 def test_nothing_skipped_is_as_exact_as_dense_attention(
-    shape: tuple[int, ...], dtype: torch.dtype, scale: float | None
+    shape: tuple[int, ...], dtype: torch.dtype, scale: float | None, kernel: str
 ) -> None:
+    if not serves(kernel, dtype, shape[-1]):
+        assert isinstance(select_kernel(torch.device("cuda"), dtype, shape[-1], kernel), str)
+        return
     q, k, v = make(shape, dtype)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     expected, expected_lse = exact(q, k, v, scale)
     # Of torch's own kernels only the unfused one survives a negative scale (the others give NaN).
     with sdpa_kernel(SDPBackend.MATH) if scale < 0 else nullcontext():
         dense = (F.scaled_dot_product_attention(q, k, v, scale=scale).double() - expected).norm()
-    state, tile = new_state(q, k)
+    state, tile = new_state(q, k, kernel)
     for slot in (-1, 1):
-        out, lse = attend(q, k, v, state, slot, -float("inf"), scale, lse=True)
+        out, lse = attend(q, k, v, state, slot, -float("inf"), scale, lse=True, kernel=kernel)
         assert (out.double() - expected).norm() <= 2 * dense + 1e-6 * expected.norm()
         assert (lse.double() - expected_lse).abs().max() < (1e-4 if dtype == torch.float32 else 2e-3)
     assert not state[..., row_layout(tile_count(k.shape[2], tile.k)).mask_start :].any()
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80)], ids=str)
-def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype, kernel: str) -> None:
     """Word for word, but for tiles within rounding of the threshold, which are counted."""
     q, k, v = make(shape, dtype, sharpness=4.0)
     scale, threshold = q.shape[-1] ** -0.5, -8.0
-    state, tile = new_state(q, k)
+    state, tile = new_state(q, k, kernel)
     expected = state.cpu()
     now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
     doubles = [x.double().cpu() for x in (q, k, v)]
     k_tiles = tile_count(k.shape[2], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
-        out, _ = attend(q, k, v, state, 1, threshold, scale)
+        out, _ = attend(q, k, v, state, 1, threshold, scale, kernel=kernel)
         reference, _ = attend_reference(*doubles, expected, now, scale, threshold, tile)
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
@@ -148,24 +172,30 @@ def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("kind", ["infinite", "lowest", "finite"])
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kind", ["infinite", "lowest", "finite", "none"])
 @pytest.mark.parametrize("shape", [(2, 2, 1024, 1024, 64), (2, 2, 1100, 1100, 128)], ids=str)
 def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
-    shape: tuple[int, ...], kind: str, dtype: torch.dtype
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, kernel: str
 ) -> None:
+    if kernel == "hopper" and kind != "none":
+        assert isinstance(select_kernel(torch.device("cuda"), dtype, shape[-1], kernel, biased=True), str)
+        return
     q, k, v = make(shape, dtype, sharpness=4.0)
     k, v = k[:, :1], v[:, :1]
     scale, threshold, protected = shape[4] ** -0.5, -8.0, (0, 77, 600, 601)
-    bias = padding(kind, 2, shape[3])
-    state, tile = new_state(q, k)
+    bias = None if kind == "none" else padding(kind, 2, shape[3])
+    state, tile = new_state(q, k, kernel)
     expected = state.cpu()
     now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
     doubles = [x.double().cpu() for x in (q, k, v)]
     k_tiles = tile_count(shape[3], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
-        out, _ = attend(q, k, v, state, 1, threshold, scale, key_bias=bias, protected=protected)
-        reference, _ = attend_reference(*doubles, expected, now, scale, threshold, tile, bias.cpu(), protected)
+        out, _ = attend(q, k, v, state, 1, threshold, scale, key_bias=bias, protected=protected, kernel=kernel)
+        reference, _ = attend_reference(
+            *doubles, expected, now, scale, threshold, tile, None if bias is None else bias.cpu(), protected
+        )
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
         assert (ours != theirs).sum() <= 0.01 * ours.numel()
@@ -189,13 +219,14 @@ def test_a_batch_entry_without_keys_is_zero(dtype: torch.dtype) -> None:
     assert lse[0].isfinite().all()
 
 
-def test_protected_tiles_are_computed_though_the_state_marks_everything() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_protected_tiles_are_computed_though_the_state_marks_everything(kernel: str) -> None:
     q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16)
-    state, tile = new_state(q, k)
+    state, tile = new_state(q, k, kernel)
     state[0, ..., 0] = 7
     state[0, ..., row_layout(tile_count(1024, tile.k)).mask_start :] = -1
     protected = (0, 1, 500, 510)
-    out, _ = attend(q, k, v, state, 0, -8.0, 0.125, protected=protected)
+    out, _ = attend(q, k, v, state, 0, -8.0, 0.125, protected=protected, kernel=kernel)
     keys = touched_tiles(tile_count(1024, tile.k), tile.k, protected).repeat_interleave(tile.k)[:1024].cuda()
     rows = touched_tiles(tile_count(1024, tile.q), tile.q, protected).repeat_interleave(tile.q)[:1024].cuda()
     mask = rows[:, None] | keys
@@ -203,12 +234,13 @@ def test_protected_tiles_are_computed_though_the_state_marks_everything() -> Non
     assert (out - expected).norm() < 2e-2 * expected.norm()
 
 
-def test_oracle_detection() -> None:
-    q, k, v = make((1, 2, 2048, 2048, 64), torch.bfloat16, sharpness=4.0)
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_oracle_detection(kernel: str) -> None:
+    q, k, v = make((1, 2, 2304, 2304, 64), torch.bfloat16, sharpness=4.0)
     scale, threshold = 0.125, -8.0
-    state, tile = new_state(q, k)
+    state, tile = new_state(q, k, kernel)
     for _ in range(3):
-        attend(q, k, v, state, 0, threshold, scale)
+        attend(q, k, v, state, 0, threshold, scale, kernel=kernel)
     scores = (q.double() @ k.double().transpose(-1, -2)) * scale * 1.4426950408889634
     tiles = scores.unflatten(2, (-1, tile.q)).unflatten(4, (-1, tile.k))
     gap = (tiles.amax(-1) - scores.amax(-1).unflatten(2, (-1, tile.q))[..., None]).amax(3)
@@ -219,25 +251,27 @@ def test_oracle_detection() -> None:
     assert oracle.float().mean() > 0.3
 
 
-def test_a_stale_epoch_reads_as_empty() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_stale_epoch_reads_as_empty(kernel: str) -> None:
     q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
-    state, _ = new_state(q, k)
+    state, _ = new_state(q, k, kernel)
     fresh = state.clone()
-    attend(q, k, v, fresh, 0, -8.0, 0.125)
+    attend(q, k, v, fresh, 0, -8.0, 0.125, kernel=kernel)
     state[0, ..., 0] = 3
     state[0, ..., 1:] = -1
-    out, _ = attend(q, k, v, state, 0, -8.0, 0.125)
-    dense, _ = attend(q, k, v, fresh, -1, -8.0, 0.125)
+    out, _ = attend(q, k, v, state, 0, -8.0, 0.125, kernel=kernel)
+    dense, _ = attend(q, k, v, fresh, -1, -8.0, 0.125, kernel=kernel)
     assert torch.equal(out, dense)
     assert torch.equal(state, fresh)
 
 
-def test_more_than_two_to_the_31_elements() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_more_than_two_to_the_31_elements(kernel: str) -> None:
     q = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16).expand(1, 2, 64, 128).contiguous()
     big = torch.empty(1, 2, 9_000_000, 128, device="cuda", dtype=torch.bfloat16)
     big[:] = 0
     big[:, :, -64:] = torch.randn(1, 1, 64, 128, device="cuda", dtype=torch.bfloat16) * 3
-    state, _ = new_state(q, big)
-    out, _ = attend(q, big, big, state, -1, -8.0, 1.0)
+    state, _ = new_state(q, big, kernel)
+    out, _ = attend(q, big, big, state, -1, -8.0, 1.0, kernel=kernel)
     expected = F.scaled_dot_product_attention(q, big, big, scale=1.0)
     assert (out - expected).norm() < 2e-2 * expected.norm()

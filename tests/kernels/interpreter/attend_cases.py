@@ -1,6 +1,6 @@
 """`attend_triton` in Triton's interpreter on CPU tensors, against `attend_reference` in float64.
 
-`test_attend_triton_interpreter.py` runs this file in a process of its own: the interpreter must be chosen before Triton
+`test_interpreter.py` runs this file in a process of its own: the interpreter must be chosen before Triton
 is imported. bfloat16 is left out, since the interpreter's `tl.dot` is wrong for it.
 """
 

@@ -1,4 +1,4 @@
-"""Runs `interpreter/cases.py` under Triton's interpreter, in a process of its own."""
+"""Runs the files in `interpreter/` under Triton's interpreter, in processes of their own."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 pytest.importorskip("triton")
-CASES = Path(__file__).parent / "interpreter" / "cases.py"
+CASES = sorted((Path(__file__).parent / "interpreter").glob("*.py"))
 
 
-def test_attend_triton_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(CASES)]
+@pytest.mark.parametrize("cases", CASES, ids=lambda path: path.stem)
+def test_in_the_interpreter(cases: Path) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", str(cases)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if result.returncode != 0:

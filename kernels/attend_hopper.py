@@ -1,0 +1,270 @@
+"""Attention on Hopper GPUs that skips the key tiles its state marks, in Gluon: one warp loads, three groups compute.
+
+`ops.attend_reference` is the specification. A call is three launches: `list_visits` expands the skip bits into a list
+of tiles per program, the kernel here computes attention over these lists and notes which tiles mattered, and
+`record_visits` packs the notes into bits. Each consumer owns 64 query rows: while one of them is in its softmax, the
+tensor cores work for the others. The producer streams K and V through a ring of two stages in shared memory.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..ops import LOG2_E
+from ..skip_state import TileShape, row_layout, tile_count
+from .gluon_adapter import async_load, async_store
+from .visit_lists import list_visits, range_arguments, record_visits
+
+HOPPER_TILE = TileShape(192, 128)
+_CONSUMERS = gl.constexpr(3)
+_ROWS = gl.constexpr(64)
+"""Query rows of one consumer: what a warpgroup multiplies at once."""
+_TILE_K = gl.constexpr(HOPPER_TILE.k)
+_STAGES = gl.constexpr(2)
+_LN_2 = gl.constexpr(math.log(2))
+
+
+@gluon.jit
+def _produce(descriptors, q_smem, q_full, ring, order, count, batch, head, kv_head, q_start):
+    """Load Q once, then K and V of the listed tiles, as fast as the consumers free their places."""
+    q_desc, k_desc, v_desc = descriptors
+    k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
+    for i in gl.static_range(_CONSUMERS):
+        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+        async_load(q_desc, [batch, head, q_start + i * _ROWS, 0], q_full.index(i), q_smem.index(i))
+    tile = gl.load(order).to(gl.int32)
+    for n in range(count):
+        stage = n % _STAGES
+        phase = (n // _STAGES) & 1
+        k_start = tile * _TILE_K
+        tile = gl.load(order + n + 1, mask=n + 1 < count, other=0).to(gl.int32)
+        mbarrier.wait(k_empty.index(stage), phase ^ 1)
+        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+        async_load(k_desc, [batch, kv_head, k_start, 0], k_full.index(stage), k_smem.index(stage))
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+        async_load(v_desc, [batch, kv_head, k_start, 0], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _sum_own(x):
+    """`[_ROWS, 4]`: sums over what each thread holds of a row of `x` `[_ROWS, _TILE_K]`, without any exchange."""
+    return gl.sum(gl.sum(x.reshape([_ROWS, _TILE_K // 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def _consume(
+    INDEX: gl.constexpr, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
+    k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
+    order, count, notes = lists
+    batch, head, q_start, lse_start = place
+    q_len, k_len, k_tiles = sizes
+    DIM: gl.constexpr = q_smem.shape[4]
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE_K, 16])
+    O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
+    ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+
+    q_row = q_start + INDEX * _ROWS + gl.arange(0, _ROWS, ROW)
+    live = q_row < q_len
+    everywhere = gl.zeros([_ROWS], gl.int32, ROW)
+    no = gl.zeros([_ROWS], gl.int8, ROW)
+    yes = gl.full([_ROWS], 1, gl.int8, ROW)
+    marks = notes + 1
+    running = gl.full([_ROWS], float("-inf"), gl.float32, ROW)
+    argmax_tile = gl.zeros([_ROWS], gl.int32, ROW)
+    zeros = gl.zeros([_ROWS, _TILE_K], gl.float32, S_LAYOUT)
+    total = _sum_own(zeros)
+    OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
+
+    q_block = q_smem.index(INDEX).reshape([_ROWS, DIM])
+    mbarrier.wait(q_full.index(INDEX), 0)
+    for n in range(count):
+        stage = n % _STAGES
+        phase = (n // _STAGES) & 1
+        tile = gl.load(order + n).to(gl.int32)
+        k_block = k_smem.index(stage).reshape([_TILE_K, DIM]).permute((1, 0))
+        mbarrier.wait(k_full.index(stage), phase)
+        product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if not EVEN_K:  # noqa: SIM102, decided when compiling
+            if k_len - tile * _TILE_K < _TILE_K:
+                column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
+                scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
+        tile_max = gl.max(scores, 1) * qk_scale
+        # The difference is NaN while a row has met nothing but -inf.
+        negligible = tile_max - running <= threshold
+        argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
+        raised = gl.maximum(running, tile_max)
+        # A row that has met nothing but -inf has no maximum to subtract.
+        shift = gl.where(raised == float("-inf"), 0.0, raised)
+        weights = gl.exp2(scores * qk_scale - shift[:, None])
+        decay = gl.exp2(running - shift)
+        running = raised
+        total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
+        weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
+        weights = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        mbarrier.wait(v_full.index(stage), phase)
+        v_block = v_smem.index(stage).reshape([_TILE_K, DIM])
+        product = warpgroup_mma(weights, v_block, weighted, is_async=True)
+        # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
+        gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
+        weighted = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+
+    sums = gl.convert_layout(gl.sum(total, 1), ROW)
+    inverse = 1.0 / gl.where(sums == 0, 1.0, sums)
+    weighted = weighted * gl.convert_layout(inverse, O_ROW)[:, None]
+    q_block.store(weighted.to(q_smem.dtype))
+    fence_async_shared()
+    async_store(o_desc, [batch, head, q_start + INDEX * _ROWS, 0], q_smem.index(INDEX))
+    if HAS_LSE:
+        gl.store(lse + lse_start + q_row, (running + gl.log2(sums)) * _LN_2, mask=live)
+    gl.store(notes + everywhere, yes, mask=live & (sums != sums))
+    gl.store(marks + k_tiles + argmax_tile, yes, mask=live)
+    tma.store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles"])
+def _attend_kernel(
+    q_desc, k_desc, v_desc, o_desc, lse, order, counts, notes, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles,
+    qk_scale, threshold, EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr,
+):  # fmt: skip
+    """One tile of queries of one head.
+
+    Args:
+        q_desc, k_desc, v_desc, o_desc: TMA descriptors of `[B, H, S, D]` for blocks of one consumer's rows (q, o) or of
+            one key tile (k, v); what lies outside of the tensor reads as zeros and is not written.
+        order, counts, notes: as `list_visits` wrote them.
+        qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
+    """
+    program = gl.program_id(0)
+    head = program // q_tiles % heads
+    batch = program // q_tiles // heads
+    q_start = program % q_tiles * (_CONSUMERS * _ROWS)
+    lse_start = (program // q_tiles).to(gl.int64) * q_len
+    count = gl.load(counts + program)
+    order += program.to(gl.int64) * k_tiles
+    notes += program.to(gl.int64) * (1 + 2 * k_tiles)
+
+    q_smem = gl.allocate_shared_memory(q_desc.dtype, [_CONSUMERS] + q_desc.block_shape, q_desc.layout)
+    k_smem = gl.allocate_shared_memory(k_desc.dtype, [_STAGES] + k_desc.block_shape, k_desc.layout)
+    v_smem = gl.allocate_shared_memory(v_desc.dtype, [_STAGES] + v_desc.block_shape, v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
+    k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(_CONSUMERS):
+        mbarrier.init(q_full.index(i), count=1)
+    for i in gl.static_range(_STAGES):
+        mbarrier.init(k_full.index(i), count=1)
+        mbarrier.init(v_full.index(i), count=1)
+        mbarrier.init(k_empty.index(i), count=_CONSUMERS)
+        mbarrier.init(v_empty.index(i), count=_CONSUMERS)
+    fence_async_shared()
+
+    ring = (k_smem, v_smem, k_full, v_full, k_empty, v_empty)
+    lists = (order, count, notes)
+    place = (batch, head, q_start, lse_start)
+    sizes = (q_len, k_len, k_tiles)
+    kv_head = head // heads_per_kv
+    gl.warp_specialize(
+        [
+            (
+                _consume,
+                (0, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+            ),
+            (
+                _consume,
+                (1, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+            ),
+            (
+                _consume,
+                (2, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+            ),
+            (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
+        ],
+        [4, 4, 1],
+        [160, 160, 32],
+    )
+
+
+def attend_hopper(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
+) -> None:  # fmt: skip
+    """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
+
+    Args:
+        q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: bfloat16 or float16, D <= 128 and a multiple of 8, Hkv divides H.
+            Any strides; what TMA cannot address (a last stride other than 1, others no multiples of 8) costs a copy.
+        tile: `HOPPER_TILE`.
+        key_bias: None; this kernel has no place for it.
+        state, now, scale, threshold, out, lse, protected: as in `attend_triton`.
+    """
+    if tile != HOPPER_TILE or key_bias is not None:
+        raise ValueError(
+            f"tile is {tuple(tile)}, key_bias {key_bias is not None}; allowed: {tuple(HOPPER_TILE)}, False"
+        )
+    batch, heads, q_len, _ = q.shape
+    k_len = k.shape[2]
+    if scale <= 0:
+        q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
+    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
+    layout = row_layout(k_tiles)
+    programs = batch * heads * q_tiles
+    order = state.new_empty((programs, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
+    counts = state.new_empty((programs,))
+    notes = state.new_empty((programs, 1 + 2 * k_tiles), dtype=torch.int8)
+    sizes = (
+        state.shape[0], q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
+        *range_arguments(protected),
+    )  # fmt: skip
+    blocks = [_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))]
+    with torch.cuda.device_of(q):
+        list_visits[(programs,)](
+            state, now, order, counts, notes, *sizes, TILE_Q=tile.q, TILE_K=tile.k, num_warps=2
+        )  # fmt: skip
+        _attend_kernel[(programs,)](
+            *blocks, lse, order, counts, notes, heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
+            scale * LOG2_E, threshold, EVEN_K=k_len % tile.k == 0, HAS_LSE=lse is not None, num_warps=4,
+        )  # fmt: skip
+        record_visits[(programs,)](state, now, counts, notes, *sizes, TILE_Q=tile.q, TILE_K=tile.k, num_warps=2)
+
+
+def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """TMA descriptor of `x` `[B, H, S, D]` for blocks of `rows` rows of one head, 64 or 128 columns wide."""
+    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
+    if x.stride(3) != 1 or not aligned:
+        x = x.contiguous()
+    # A dimension of one element is never stepped over, and may have any stride.
+    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], *block_layout(x.dtype, rows, x.shape[-1]))
+
+
+def block_layout(dtype: torch.dtype, rows: int, head_dim: int) -> tuple[list[int], gl.NVMMASharedLayout]:
+    """Shape and layout of such a block in shared memory."""
+    columns = 64 if head_dim <= 64 else 128
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=4)
+    return [1, 1, rows, columns], layout
