@@ -329,7 +329,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             load_classifier(args.weights)
         elif args.weights.is_dir():
             raise IsADirectoryError(f"{args.weights} is a folder")
-    except (ValueError, OSError, ImportError, RuntimeError, IndexError) as error:
+    except (ValueError, OSError, ImportError) as error:
         parser.error(str(error))
     if args.train_classifier:
         trained = train_classifier(args.steps, args.seed, args.device, digits=args.digits)

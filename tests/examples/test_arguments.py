@@ -45,6 +45,12 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (train, ["--batch", "0"], "--batch"),
     (train, ["--matrix-rate", "-1"], "--matrix-rate"),
     (train, ["--init", "/nope"], "there is no file '/nope'"),
+    (train, ["--init", __file__], "not a file of safetensors"),
+    (train, ["--init", str(metrics.WEIGHTS)], "names no setting"),
+    (train, ["--digits", __file__], "could not convert"),
+    (train, ["--minutes", "nan"], "--minutes: 'nan' is not a finite number"),
+    (train, ["--minutes", "0"], "--minutes: '0' is not above 0"),
+    (train, ["--output", __file__], "File exists"),
     (demo, ["--steps", "1"], "--steps: '1' is not an integer from 2"),
 ]
 
