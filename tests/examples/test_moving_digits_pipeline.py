@@ -326,6 +326,22 @@ def test_committed_weights_have_their_checksums(folder: str) -> None:
     assert all((ROOT / folder / name).stat().st_size < 20e6 for name in listed)
 
 
+@pytest.mark.parametrize("folder", ["examples/moving_digits/weights", "benchmarks/weights"])
+def test_the_card_tells_which_weights_it_is_about(folder: str) -> None:
+    """Checksum, and what the last part of their training was, as their metadata have it."""
+    card = (pipeline.WEIGHTS.parent / "MODEL_CARD.md").read_text()
+    sections = {part.splitlines()[0]: " ".join(part.split()) for part in card.split("\n## ")[1:]}
+    for path in (ROOT / folder).glob("*.safetensors"):
+        (section,) = (text for text in sections.values() if f"`{path.relative_to(ROOT)}`" in text)
+        assert pipeline.sha256(path)[:12] in section
+        if path.stem != "classifier":
+            metadata = read_metadata(path)
+            assert metadata["commit"] in section
+            assert f"{int(metadata['steps']):,}" in section
+            assert f"{int(metadata['seconds']) / 60:.1f}" in section
+            assert f"{SETTINGS[metadata['setting']].tokens:,} tokens" in section
+
+
 @pytest.mark.parametrize(
     ("weights", "setting"), [(None, "small"), (ROOT / "benchmarks/weights/moving-digits-long.safetensors", "long")]
 )
