@@ -24,7 +24,7 @@ from tqdm import tqdm
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, existing_file, usable_device
+from arguments import at_least, blame, existing_file, usable_device
 
 from moving_digits.data import DIRECTIONS, REFERENCE_SIDE, Actor, VideoSampler, load_digits, parse_prompt
 
@@ -323,14 +323,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--digits", type=existing_file, help="scikit-learn's digits.csv.gz, if the package is not installed"
     )
     args = parser.parse_args(arguments)
-    try:
+    with blame("--digits", parser):
         load_digits("test", args.digits)
+    with blame("--weights", parser):
         if not args.train_classifier:
             load_classifier(args.weights)
         elif args.weights.is_dir():
             raise IsADirectoryError(f"{args.weights} is a folder")
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
     if args.train_classifier:
         trained = train_classifier(args.steps, args.seed, args.device, digits=args.digits)
         save_classifier(trained, args.weights)

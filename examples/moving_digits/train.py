@@ -31,7 +31,7 @@ from transformers import UMT5EncoderModel
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, existing_file, finite, positive, usable_device
+from arguments import at_least, blame, existing_file, finite, positive, usable_device
 
 from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt, load_digits
 from moving_digits.identity_vae import LATENT_CHANNELS, fold
@@ -365,13 +365,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.output is None:
         args.output = Path("build/moving_digits") / args.setting
-    try:
+    with blame("--output", parser):
         args.output.mkdir(parents=True, exist_ok=True)
+    with blame("--digits", parser):
         load_digits("train", args.digits)
+    with blame("--init", parser):
         if args.init:
             setting_of(args.init)
-    except (ValueError, OSError, ImportError) as error:
-        parser.error(str(error))
     return args
 
 

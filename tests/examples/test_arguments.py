@@ -24,7 +24,9 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (generate, ["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),
     (generate, ["--seed", "-1"], "--seed: '-1'"),
     (generate, ["--threshold", "1"], "threshold"),
-    (generate, ["--prompt", "left"], "left"),
+    (generate, ["--prompt", "left"], "'left' in 'left' is not a digit; allowed: 0, 1"),
+    (generate, ["--backend", "abacus"], "invalid choice: 'abacus'"),
+    (generate, ["--backend", "eager", "eager"], "argument --backend: each at most once, not eager eager"),
     (generate, ["--output", __file__], "File exists"),
     (evaluate, ["prompts", *NO_WEIGHTS], "no weights at /nope"),
     (evaluate, ["prompts", *NOT_WEIGHTS], "not a file of safetensors"),
@@ -68,7 +70,9 @@ def test_wrong_arguments_are_named(
     with pytest.raises(SystemExit) as caught:
         program.main(arguments)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err.partition("error: ")[2]
+    assert message in said
+    assert arguments[-2] in said  # the option
 
 
 def test_right_arguments(tmp_path: Path) -> None:
