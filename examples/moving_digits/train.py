@@ -97,7 +97,7 @@ class Training:
         self.model = Trainee(setting)
         if init:
             copy_weights(init, self.model.transformer, self.model.text_encoder)
-        self.origin = {
+        self.origin: dict[str, Any] = {
             "setting": setting.name, "recipe": asdict(recipe), "seed": seed, "device": device.type,
             "init": sha256(init) if init else "random weights",
         }  # fmt: skip
