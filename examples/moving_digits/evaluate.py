@@ -84,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": sha256(args.weights or WEIGHTS / "small.safetensors")[:12], "device": device_name(device),
         "dtype": str(pipe.transformer.dtype), "torch": torch.__version__, "commit": commit(),
         "flow_shift": pipe.scheduler.config.flow_shift, "steps": how.steps, "guidance": how.guidance,
+        "seed": how.seed, "batch": how.batch, "every": how.every,
     }  # fmt: skip
     path = args.output / f"{args.what}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
