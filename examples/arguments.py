@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 LARGEST = 2**31 - 1
+
+
+@contextmanager
+def blame(option: str, parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Where what goes wrong is the fault of what was given for `option`."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        parser.error(f"argument {option}: {error}")
 
 
 def at_least(minimum: int) -> Callable[[str], int]:

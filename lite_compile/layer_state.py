@@ -169,8 +169,8 @@ def find_binding(graph_key: str, tensors: Sequence[Tensor], words: int, device: 
         found.rewrites = rewrites
         found.calls += 1
         found.last_call = next(_calls)
-        candidates[: -MAX_BINDINGS + 1] = []  # the least recently used go
-        candidates.append(found)
+        living = [binding for binding in candidates if not binding.expired]
+        candidates[:] = [*living[-MAX_BINDINGS + 1 :], found]  # the least recently used go
         return found
 
 

@@ -26,6 +26,7 @@ from torch.utils._pytree import tree_leaves
 from .clock import RESET, advance, clock_words
 from .layer_state import versions
 from .ops import NOW_SLOT, NOW_WORDS
+from .passes.find_attention import is_made_up
 from .passes.find_clock_inputs import LATENT_NAMES, TIMESTEP_NAMES
 from .passes.graph_inputs import special_kind
 
@@ -35,7 +36,8 @@ RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
 _CALL = nn.Module._wrapped_call_impl.__code__
 _numbers = itertools.count(1)
 _lock = threading.RLock()
-_roots: weakref.WeakKeyDictionary[nn.Module, Root] = weakref.WeakKeyDictionary()
+_roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Root]] = weakref.WeakKeyDictionary()
+"""Every module that has had hooks. They own its `Root`, whose running call refers to the module: it goes with it."""
 
 
 @dataclass(frozen=True)
@@ -104,9 +106,9 @@ class Root:
     def __init__(self, module: nn.Module) -> None:
         self._clocks: dict[tuple[int, int, torch.device], RootClock] = {}
         self.call: RootCall | None = None
-        self._buffers = _contents(module)
-        module.register_forward_pre_hook(_EnterHook(), with_kwargs=True)
-        module.register_forward_hook(_LeaveHook(), always_call=True)
+        self._contents = _Contents(module)
+        module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
+        module.register_forward_hook(_LeaveHook(self), always_call=True)
 
     def clock(self, max_streams: int, conditions: int, device: torch.device) -> RootClock:
         """The clock for that many streams and conditioning inputs."""
@@ -123,9 +125,8 @@ class Root:
                 return
             found = read_arguments(module, args, kwargs)
             self.call = None if isinstance(found, str) else RootCall(self, frame, threading.get_ident(), found)
-            buffers = _contents(module)
-            if buffers != self._buffers:  # they may hold a prompt
-                self._buffers = buffers
+            if not self._contents.unchanged(module):  # a LoRA, a prompt in a buffer
+                self._contents = _Contents(module)
                 for clock in self._clocks.values():
                     clock.clock[RESET].fill_(1)
 
@@ -136,33 +137,64 @@ class Root:
                 self.call = None
 
 
-class _EnterHook:
-    """Pre-hook of a root. A copied or unpickled module starts without a clock, and so with hooks that do nothing."""
+class _Hook:
+    """Keeps the root alive. A copied or unpickled module starts without a clock, and so with hooks that do nothing."""
+
+    def __init__(self, root: Root | None = None) -> None:
+        self._root = root
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), ()
+
+
+class _EnterHook(_Hook):
+    """Pre-hook of a root."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if torch.compiler.is_compiling():
             return  # the module itself is being compiled: its graph has a clock of its own
-        root, frame = _roots.get(module), _calling_frame(module)
+        root, frame = root_of(module), _calling_frame(module)
         if root is not None and frame is not None:
             root.enter(module, frame, args, kwargs)
 
 
-class _LeaveHook:
+class _LeaveHook(_Hook):
     """Forward hook of a root."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         if torch.compiler.is_compiling():
             return
-        root, frame = _roots.get(module), _calling_frame(module)
+        root, frame = root_of(module), _calling_frame(module)
         if root is not None and frame is not None:
             root.leave(frame)
+
+
+class _Contents:
+    """The parameters and buffers of a module as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        tensors = _tensors(module)
+        self._tensors = list(map(weakref.ref, tensors))
+        self._versions = versions(tensors)
+
+    def unchanged(self, module: nn.Module) -> bool:
+        """Whether none was replaced or written to since."""
+        tensors = _tensors(module)
+        same = len(tensors) == len(self._tensors) and all(map(_refers_to, self._tensors, tensors))
+        return same and versions(tensors) == self._versions
+
+
+def root_of(module: nn.Module) -> Root | None:
+    """What the hooks on `module` keep; None if it has none."""
+    reference = _roots.get(module)
+    return None if reference is None else reference()
 
 
 def current_call() -> RootCall | None:
     """The call of a root module that the running code is part of; installs hooks where the first one is found."""
     for frame in _frames(sys._getframe(1)):
         if frame.f_code is _CALL:
-            root = _roots.get(frame.f_locals["self"])
+            root = root_of(frame.f_locals["self"])
             if root is not None and root.call is not None and root.call.frame is frame:
                 return root.call
     found = find_root()
@@ -172,7 +204,8 @@ def current_call() -> RootCall | None:
     with _lock:
         if module in _roots:
             return None  # another thread is using it, or its hooks were taken away
-        root = _roots[module] = Root(module)
+        root = Root(module)
+        _roots[module] = weakref.ref(root)
         root.enter(module, frame, args, kwargs)  # the hooks missed the beginning of this first call
         return root.call
 
@@ -182,17 +215,17 @@ def find_root() -> RootFrame | str:
 
     Innermost, because a module around it may call it several times per call of its own, for guidance; but outside of
     what is compiled, where hooks would be traced instead of run. Blocks pass embeddings of two dimensions around as
-    `timestep`; a module whose timestep has at most one comes first.
+    `timestep`: a module whose timestep has two, one per token, counts only if no other module calls it.
     """
-    certain: list[RootFrame] = []
-    possible: list[RootFrame] = []
+    found: RootFrame | None = None
+    per_token: RootFrame | None = None
     missing = "no module above the compiled part was called with latents and a timestep by these names"
     for frame in _frames(sys._getframe(1)):
         if _enters_compiled_code(frame):
-            certain.clear()
-            possible.clear()
-        if frame.f_code is not _CALL:
+            found = per_token = None
+        if frame.f_code is not _CALL or found is not None:
             continue
+        per_token = None
         module, args, kwargs = (frame.f_locals[name] for name in ("self", "args", "kwargs"))
         arguments = read_arguments(module, args, kwargs)
         if isinstance(arguments, str):
@@ -201,9 +234,11 @@ def find_root() -> RootFrame | str:
             missing = f"{type(module).__name__} was compiled by model.compile(), which hides its calls; "
             missing += "use torch.compile(model)"
             continue
-        single = not isinstance(arguments.timestep, Tensor) or arguments.timestep.dim() <= 1
-        (certain if single else possible).append((module, frame, args, kwargs))
-    return next(iter(certain + possible), missing)
+        if isinstance(arguments.timestep, Tensor) and arguments.timestep.dim() > 1:
+            per_token = (module, frame, args, kwargs)
+        else:
+            found = (module, frame, args, kwargs)
+    return found or per_token or missing
 
 
 def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:
@@ -243,15 +278,22 @@ def describe_root(found: RootFrame) -> str:
     return f"hooks on {name}: latents from {latents!r}, timestep from {timestep!r}"
 
 
-def full_names(module: nn.Module, layers: Sequence[str], weights: Sequence[Tensor | None]) -> list[str]:
-    """Qualified names in `module` of layers whose names end as `layers` do and that own `weights`."""
+def full_names(
+    module: nn.Module, layers: Sequence[str], paths: Sequence[tuple[str, ...]], weights: Sequence[Tensor | None]
+) -> list[str]:
+    """Names of layers in `module`, given their names in a part of it.
+
+    Args:
+        paths: attributes that lead from that part to each layer's weight.
+        weights: the weights themselves, of which `module` knows the full names.
+    """
     owned = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
     names = []
-    for layer, weight in zip(layers, weights, strict=False):
+    for layer, path, weight in zip(layers, paths, weights, strict=False):
         parts = owned.get(id(weight), "").replace("_orig_mod.", "").split(".")
-        tail = layer.split(".")
-        ends = [i for i in range(len(tail), len(parts)) if parts[i - len(tail) : i] == tail]
-        names.append(".".join(parts[: ends[0]]) if ends else layer)
+        part = parts[: -len(path)] if path and tuple(parts[-len(path) :]) == path else []
+        tail = [] if part and is_made_up(layer) and layer != path[0] else [layer]
+        names.append(".".join((*part, *tail)))
     return names
 
 
@@ -264,27 +306,32 @@ def dense_now(device: torch.device) -> Tensor:
 
 
 def _is_latent_like(x: object) -> bool:
-    if not isinstance(x, Tensor) or special_kind(x):
+    if not isinstance(x, Tensor) or special_kind(x) or x.is_meta:
         return False
     return x.is_floating_point() and x.dim() >= 3 and x.numel() > 0
 
 
 def _is_timestep_like(x: object) -> bool:
     if isinstance(x, Tensor):
-        return x.dim() <= 2 and x.numel() > 0 and x.dtype != torch.bool and not x.is_complex()
-    return isinstance(x, int | float) and not isinstance(x, bool)
+        return x.dim() <= 2 and x.numel() > 0 and x.dtype != torch.bool and not x.is_complex() and not x.is_meta
+    return isinstance(x, int | float) and not isinstance(x, bool) and _is_exact(x)
 
 
 def _as_condition(leaf: object) -> Tensor | int | float | None:
     """A leaf of the arguments as the clock takes it; None for what it cannot compare."""
     if isinstance(leaf, Tensor):
-        return None if special_kind(leaf) else leaf
-    if isinstance(leaf, int | float):
+        return None if special_kind(leaf) or leaf.is_meta else leaf
+    if isinstance(leaf, int | float) and _is_exact(leaf):
         return leaf
     if leaf is None:
         return 0
     # Within a process equal values have equal hashes, and the clock does not outlive it.
-    return hash(leaf) % 2**31 if isinstance(leaf, str | bytes | torch.dtype | torch.device) else None
+    return hash(leaf) % 2**31 if isinstance(leaf, int | str | bytes | torch.dtype | torch.device) else None
+
+
+def _is_exact(number: int | float) -> bool:
+    """Whether float64, in which the clock compares numbers, holds it as it is."""
+    return isinstance(number, float) or abs(number) <= 2**53
 
 
 def _usable(x: Any) -> Any:
@@ -292,10 +339,13 @@ def _usable(x: Any) -> Any:
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
 
 
-def _contents(module: nn.Module) -> tuple[list[int], list[int]]:
-    """Differs when a buffer was replaced or written to."""
-    buffers = list(module.buffers())
-    return list(map(id, buffers)), versions(buffers)
+def _tensors(module: nn.Module) -> list[Tensor]:
+    owned = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
+    return [tensor for tensor in owned if tensor is not None]
+
+
+def _refers_to(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
+    return reference() is tensor
 
 
 def _calling_frame(module: nn.Module) -> FrameType | None:

@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from .clock_source import ClockSource
 from .layer_state import Binding, LayerSpec, find_binding
 from .options import LayerNames
-from .passes.graph_inputs import fake_value, is_buffer, is_parameter, placeholders, source_name
+from .passes.graph_inputs import attribute_path, fake_value, is_buffer, is_parameter, placeholders, source_name
 from .passes.rewrite_attention import StateInput
 from .root_clock import current_call, dense_now, full_names
 
@@ -116,6 +116,7 @@ class StatefulGraph:
         self._compiled = compiled
         self._key = graph_key(graph)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
+        self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words = state.names, state.clock_words
         self._dense = dense_now(state.device)
@@ -149,9 +150,8 @@ class StatefulGraph:
             return self._dense
         root = call.clock(self._max_streams, self._device)
         if binding.clock is not root.clock:
-            binding.move_to(
-                root.clock, full_names(call.module, [layer for layer, _ in self._layers], binding.tensors())
-            )
+            layers = [layer for layer, _ in self._layers]
+            binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
             return self._dense

@@ -7,8 +7,10 @@ import re
 from collections.abc import Sequence
 
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from .attention_site import AttentionSite, Declined, Spelling
+from .graph_inputs import fake_tensor
 from .match_flex_attention import FlexAttentionSpelling
 from .match_fused_op import FusedOpSpelling
 from .match_multi_head_attention import MultiheadAttentionSpelling
@@ -51,6 +53,8 @@ def _match(spelling: Spelling, node: fx.Node) -> AttentionSite | None:
         site = spelling.pattern(node)
         declined = None if site is None else spelling.check(site)
     except Exception as error:
+        if any(map(_is_transformed, (node, *node.all_input_nodes))):
+            return None  # nothing can be planned with its fake values: they are no use outside of the transform
         raise RuntimeError(f"attention spelling {spelling.name!r} failed at {node.format_node()}") from error
     if site is None:
         return None
@@ -60,6 +64,12 @@ def _match(spelling: Spelling, node: fx.Node) -> AttentionSite | None:
             "allowed: an AttentionSite or None, and a Declined or None"
         )
     return dataclasses.replace(site, spelling=spelling, declined=declined)
+
+
+def _is_transformed(node: fx.Node) -> bool:
+    """Whether a node is part of what `torch.func` transforms, such as the body of a vmap."""
+    value = fake_tensor(node)
+    return value is not None and is_functorch_wrapped_tensor(value)
 
 
 def layer_names(nodes: Sequence[fx.Node]) -> list[str]:
@@ -72,6 +82,11 @@ def layer_names(nodes: Sequence[fx.Node]) -> list[str]:
     roots = {path[:1] for path in paths if path}
     names = [".".join(path[1:] if len(roots) == 1 else path) for path in paths]
     return [name or f"attention_{number}" for number, name in enumerate(names)]
+
+
+def is_made_up(name: str) -> bool:
+    """Whether a layer name is a number that `layer_names` gave to attention outside of any module but the root."""
+    return re.fullmatch(r"attention_\d+", name) is not None
 
 
 def module_path(node: fx.Node) -> tuple[str, ...]:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 from torch import fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
@@ -74,6 +75,8 @@ def special_kind(value: torch.Tensor) -> str:
         return "sparse tensor"
     if value.is_quantized:
         return "quantized tensor"
+    if is_functorch_wrapped_tensor(value):
+        return "tensor inside of a transform of torch.func, such as vmap"
     return type(value).__name__ if is_traceable_wrapper_subclass(value) else ""
 
 
@@ -90,6 +93,11 @@ def argument_name(node: fx.Node) -> str:
     """Name of the model argument behind an input: `timestep`; empty for positional or derived ones."""
     match = re.search(r"\['([A-Za-z_]\w*)'\]$", source_name(node))
     return match.group(1) if match else ""
+
+
+def attribute_path(node: fx.Node) -> tuple[str, ...]:
+    """Names of the modules that a parameter was reached through, and its own: `attn1`, `to_q`, `weight`."""
+    return tuple(re.findall(r"_(?:modules|parameters)(?:'\])?\['([^']+)'\]", source_name(node)))
 
 
 def is_static(node: object) -> bool:

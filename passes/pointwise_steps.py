@@ -187,9 +187,20 @@ def writes(node: fx.Node) -> bool:
         target in _WRITES
         or (name.endswith("_") and not name.endswith("__"))
         or node.kwargs.get("out") is not None
-        or (node.kwargs.get("inplace") is True)
+        or _is_asked_to_write(node)
         or isinstance(target, torch._ops.HigherOrderOperator)
     )
+
+
+def _is_asked_to_write(node: fx.Node) -> bool:
+    """Whether a function that takes `inplace`, by keyword or by position, was given it."""
+    if "inplace" in node.kwargs:
+        return node.kwargs["inplace"] is not False
+    try:
+        place = list(inspect.signature(node.target).parameters).index("inplace")  # type: ignore[arg-type]
+    except (TypeError, ValueError):  # a builtin, or a function without such a parameter
+        return False
+    return place < len(node.args) and node.args[place] is not False
 
 
 def same_shape(x: Any, node: fx.Node) -> bool:

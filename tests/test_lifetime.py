@@ -172,6 +172,16 @@ def test_prompts_that_are_no_arguments(kind: str) -> None:
     assert lite_compile.stats(model).density < 1
 
 
+def test_a_buffer_that_is_replaced_takes_the_states_made_with_it_along() -> None:
+    model = Prompted(as_buffer=True)
+    run = compiled(model)
+    with torch.no_grad():
+        for number in range(4):
+            model.context = prompt(number)
+            run(**arguments())
+    assert len(bindings(model)) == 1
+
+
 def test_models_that_share_their_first_block() -> None:
     first, second = tiny_wan(0), tiny_wan(1)
     second.blocks[0] = first.blocks[0]

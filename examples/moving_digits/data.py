@@ -122,7 +122,9 @@ def load_digits(split: Split, path: str | Path | None = None) -> tuple[Tensor, T
         raise ValueError(f"split is 'train' or 'test', not {split!r}")
     if path is not None:
         numpy: Any = importlib.import_module("numpy")
-        table = torch.from_numpy(numpy.loadtxt(path, delimiter=","))
+        table = torch.from_numpy(numpy.loadtxt(path, delimiter=",", ndmin=2))
+        if table.shape[1] != DIGIT_CELLS**2 + 1:
+            raise ValueError(f"{path} is no digits.csv.gz: {table.shape[1]} columns, not {DIGIT_CELLS**2 + 1}")
         pixels, labels = table[:, :-1], table[:, -1]
     else:
         try:

@@ -23,7 +23,7 @@ import torch
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, finite, positive
+from arguments import at_least, blame, finite, positive
 
 from moving_digits.measure_coherence import measure_coherence
 from moving_digits.measure_conditioning import measure_conditioning
@@ -62,11 +62,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=at_least(0), default=1000, help="default: %(default)s")
     parser.add_argument("--output", type=Path, default=Path("build/moving_digits/evaluation"), help="folder")
     args = parser.parse_args(arguments)
-    try:
+    with blame("--weights", parser):
         setting_of(args.weights)
+    with blame("--output", parser):
         args.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
     return args
 
 
@@ -85,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
         "weights": sha256(args.weights or WEIGHTS / "small.safetensors")[:12], "device": device_name(device),
         "dtype": str(pipe.transformer.dtype), "torch": torch.__version__, "commit": commit(),
         "flow_shift": pipe.scheduler.config.flow_shift, "steps": how.steps, "guidance": how.guidance,
+        "seed": how.seed, "batch": how.batch, "every": how.every,
     }  # fmt: skip
     path = args.output / f"{args.what}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")

@@ -24,11 +24,11 @@ from torch import Tensor
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, finite
+from arguments import at_least, blame, finite
 from generation import BACKENDS, Job, density_table
 
 import lite_compile
-from moving_digits.data import parse_prompt
+from moving_digits.data import format_prompt, parse_prompt
 from moving_digits.metrics import psnr, ssim
 from moving_digits.pictures import save_gif
 from moving_digits.pipeline import load_pipeline, setting_of
@@ -90,17 +90,22 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(2), default=30, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: %(default)s")
-    parser.add_argument("--threshold", type=float, default=-10.0, help="log2 units, <= 0 (default: %(default)s)")
+    parser.add_argument(
+        "--threshold", type=float, default=-10.0, help="log2 units, <= 0; =-inf for none (default: %(default)s)"
+    )
     parser.add_argument("--weights", type=Path, help="default: the weights that ship with the repository")
     parser.add_argument("--output", type=Path, default=Path("generated"), help="folder (default: %(default)s)")
     args = parser.parse_args(arguments)
-    try:
+    with blame("--threshold", parser):
         lite_compile.Options(threshold=args.threshold)
-        parse_prompt(args.prompt)
+    with blame("--prompt", parser):
+        args.prompt = format_prompt(parse_prompt(args.prompt))
+    with blame("--weights", parser):
         setting_of(args.weights)
+    with blame("--output", parser):
         args.output.mkdir(parents=True, exist_ok=True)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
+    if len(set(args.backend)) < len(args.backend):
+        parser.error(f"argument --backend: each at most once, not {' '.join(args.backend)}")
     return args
 
 

@@ -17,6 +17,8 @@ from moving_digits.pipeline import Setting
 from moving_digits.sampling import Sampling, generate
 from moving_digits.train import HELD_OUT
 
+SHARES = ("single_accuracy", "direction_accuracy", "speed_accuracy", "steadiness", "pair_accuracy")
+
 
 def evaluated_casts(pairs: int, seed: int) -> list[tuple[Actor, ...]]:
     """All prompts with one digit, the ones held out four times, and `pairs` random ones with two."""
@@ -47,7 +49,7 @@ def measure_prompts(pipe: WanPipeline, setting: Setting, how: Sampling) -> dict[
         index = [i for i, wanted in enumerate(chosen) if wanted]
         if index:
             found = evaluate(torch.stack([videos[i] for i in index]) * 2 - 1, [prompts[i] for i in index], classifier)
-            shares = {name: getattr(found, name) for name in ("single_accuracy", "direction_accuracy", "pair_accuracy")}
+            shares = {name: getattr(found, name) for name in SHARES}
             result[group] = vars(found) | {name: share for name, share in shares.items() if not math.isnan(share)}
     shown = list(range(0, len(prompts), max(1, len(prompts) // 12)))[:12]
     save_contact_sheet([videos[i] for i in shown], [prompts[i] for i in shown], how.output / "samples.png")

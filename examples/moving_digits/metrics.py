@@ -24,9 +24,9 @@ from tqdm import tqdm
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, existing_file, usable_device
+from arguments import at_least, blame, existing_file, usable_device
 
-from moving_digits.data import DIRECTIONS, REFERENCE_SIDE, Actor, VideoSampler, load_digits, parse_prompt
+from moving_digits.data import DIRECTIONS, REFERENCE_SIDE, SPEED_RANGES, Actor, VideoSampler, load_digits, parse_prompt
 
 WEIGHTS = Path(__file__).parent / "weights" / "classifier.safetensors"
 
@@ -39,6 +39,10 @@ LEAST_CONTRAST = 0.2
 """Between foreground and background, of the full range; a video with less shows no digit."""
 LEAST_SPEED = 0.15 / REFERENCE_SIDE
 """In sides per frame; slower than that is standing still."""
+FAST = (SPEED_RANGES["slow"][1] + SPEED_RANGES["fast"][0]) / 2 / REFERENCE_SIDE
+"""In sides per frame; from there on a digit is fast."""
+MEDIAN_STEP, LONGEST_STEP = (0.75, 1.25), 1.5
+"""Steps from frame to frame of a steady motion, in starting speeds; the data has 0.95 to 1.05, and at most 1.15."""
 
 
 class DigitClassifier(nn.Module):
@@ -168,36 +172,62 @@ def load_classifier(path: str | Path = WEIGHTS, device: torch.device | str = "cp
     return classifier.eval().to(device)
 
 
-def motion_direction(video: Tensor) -> str | None:
-    """Where the only digit of a video `[3, F, H, W]` in -1..1 starts to move, by tracking its bright pixels.
+@dataclass(frozen=True)
+class Motion:
+    """How the only digit of a video moves.
 
-    Returns:
-        A key of `DIRECTIONS`, or None if there is no digit, or none that moves.
+    Attributes:
+        direction: a key of `DIRECTIONS`, where it starts to move.
+        speed: "slow" or "fast".
+        steady: it is seen in every frame, neither stops nor jumps.
     """
+
+    direction: str
+    speed: str
+    steady: bool
+
+
+def measure_motion(video: Tensor) -> Motion | None:
+    """The motion in a video `[3, F, H, W]` in -1..1, by tracking its bright pixels; None if nothing moves there."""
+    times, centres = track(video[:, :TRACKED_FRAMES])
+    if len(times) < 3:
+        return None
+    # The median of the slopes between all pairs of frames: a few bad centres do not move it.
+    first, second = torch.combinations(torch.arange(len(times))).unbind(1)
+    slopes = (centres[second] - centres[first]) / (times[second] - times[first])[:, None]
+    velocity = slopes.median(0).values
+    if velocity.abs().max() < LEAST_SPEED:
+        return None
+    axes, speed = torch.tensor(list(DIRECTIONS.values())).float(), velocity.norm()
+    direction = list(DIRECTIONS)[int((axes @ velocity).argmax())]
+    return Motion(direction, "fast" if speed > FAST else "slow", is_steady(video, float(speed)))
+
+
+def is_steady(video: Tensor, speed: float) -> bool:
+    """Whether the digit of a video keeps the speed, in sides per frame, that it starts with."""
+    times, centres = track(video)
+    if len(times) < video.shape[1]:
+        return False
+    steps = centres.diff(dim=0).norm(dim=1) / speed
+    least, most = MEDIAN_STEP
+    return least < float(steps.median()) < most and float(steps.max()) < LONGEST_STEP
+
+
+def track(video: Tensor) -> tuple[Tensor, Tensor]:
+    """The n frames of a video `[3, F, H, W]` in -1..1 that show a digit: numbers `[n]`, centres `[n, 2]` in sides."""
     # A digit's colour is saturated and bright: it has a channel close to 1, and no channel of the background has.
-    level = (video[:, :TRACKED_FRAMES].float().cpu().amax(0) + 1) / 2  # [T, H, W]
+    level = (video.float().cpu().amax(0) + 1) / 2  # [F, H, W]
     sampled = level.flatten()
     background, foreground = sampled.median(), sampled.quantile(0.99)
     if foreground - background < LEAST_CONTRAST:
-        return None
+        return torch.zeros(0), torch.zeros(0, 2)
     weight = (level - (background + foreground) / 2).clamp(min=0)
     mass = weight.sum((1, 2))
     seen = mass > 0.3 * mass.median()
     height, width = level.shape[1:]
     x = (weight.sum(1) * torch.arange(width)).sum(1)[seen] / mass[seen] / width
     y = (weight.sum(2) * torch.arange(height)).sum(1)[seen] / mass[seen] / height
-    times = torch.arange(len(level))[seen]
-    if len(times) < 3:
-        return None
-    # The median of the slopes between all pairs of frames: a few bad centroids do not move it.
-    first, second = torch.combinations(torch.arange(len(times))).unbind(1)
-    centroids = torch.stack((x, y), -1)
-    slopes = (centroids[second] - centroids[first]) / (times[second] - times[first])[:, None]
-    velocity = slopes.median(0).values
-    if velocity.abs().max() < LEAST_SPEED:
-        return None
-    axes = torch.tensor(list(DIRECTIONS.values())).float()
-    return list(DIRECTIONS)[int((axes @ velocity).argmax())]
+    return torch.arange(len(level))[seen], torch.stack((x, y), -1)
 
 
 @dataclass(frozen=True)
@@ -207,7 +237,10 @@ class Evaluation:
     Attributes:
         singles: videos with one actor.
         single_digits: those of them whose likeliest digit is the prompt's.
-        directions: those of them that move as the prompt says.
+        directions: those of them that start in the prompt's direction.
+        steady: those of them whose digit is in every frame and neither stops nor jumps.
+        named_speeds: those of them whose prompt names a speed.
+        speeds: those of these that have it.
         pairs: videos with two actors.
         pair_digits: those of them whose two likeliest digits are the prompt's.
     """
@@ -215,26 +248,43 @@ class Evaluation:
     singles: int = 0
     single_digits: int = 0
     directions: int = 0
+    steady: int = 0
+    named_speeds: int = 0
+    speeds: int = 0
     pairs: int = 0
     pair_digits: int = 0
 
     @property
     def single_accuracy(self) -> float:
         """Share of the videos with one actor that show its digit; NaN if there are none."""
-        return self.single_digits / self.singles if self.singles else math.nan
+        return _share(self.single_digits, self.singles)
 
     @property
     def direction_accuracy(self) -> float:
-        """Share of the videos with one actor that move as the prompt says; NaN if there are none."""
-        return self.directions / self.singles if self.singles else math.nan
+        """Share of the videos with one actor that start in its direction; NaN if there are none."""
+        return _share(self.directions, self.singles)
+
+    @property
+    def steadiness(self) -> float:
+        """Share of the videos with one actor that moves steadily to the end; NaN if there are none."""
+        return _share(self.steady, self.singles)
+
+    @property
+    def speed_accuracy(self) -> float:
+        """Share of the videos with one actor of a given speed that have it; NaN if there are none."""
+        return _share(self.speeds, self.named_speeds)
 
     @property
     def pair_accuracy(self) -> float:
         """Share of the videos with two actors that show both digits; NaN if there are none."""
-        return self.pair_digits / self.pairs if self.pairs else math.nan
+        return _share(self.pair_digits, self.pairs)
 
     def __add__(self, other: Evaluation) -> Evaluation:
         return Evaluation(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+
+def _share(part: int, whole: int) -> float:
+    return part / whole if whole else math.nan
 
 
 def evaluate(
@@ -249,10 +299,21 @@ def evaluate(
     for video, cast, ranked in zip(videos, casts, ranking, strict=True):
         right = set(ranked[: len(cast)]) == {actor.digit for actor in cast}
         if len(cast) == 1:
-            result += Evaluation(1, right, motion_direction(video) == cast[0].direction)
+            result += _evaluate_single(cast[0], right, measure_motion(video))
         else:
             result += Evaluation(pairs=1, pair_digits=right)
     return result
+
+
+def _evaluate_single(actor: Actor, right_digit: bool, motion: Motion | None) -> Evaluation:
+    return Evaluation(
+        singles=1,
+        single_digits=right_digit,
+        directions=motion is not None and motion.direction == actor.direction,
+        steady=motion is not None and motion.steady,
+        named_speeds=actor.speed is not None,
+        speeds=motion is not None and motion.speed == actor.speed,
+    )
 
 
 def psnr(a: Tensor, b: Tensor, value_range: tuple[float, float]) -> Tensor:
@@ -323,14 +384,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--digits", type=existing_file, help="scikit-learn's digits.csv.gz, if the package is not installed"
     )
     args = parser.parse_args(arguments)
-    try:
+    with blame("--digits", parser):
         load_digits("test", args.digits)
+    with blame("--weights", parser):
         if not args.train_classifier:
             load_classifier(args.weights)
         elif args.weights.is_dir():
             raise IsADirectoryError(f"{args.weights} is a folder")
-    except (ValueError, OSError, ImportError, RuntimeError, IndexError) as error:
-        parser.error(str(error))
     if args.train_classifier:
         trained = train_classifier(args.steps, args.seed, args.device, digits=args.digits)
         save_classifier(trained, args.weights)
@@ -338,7 +398,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     result = evaluate_held_out(classifier, args.videos, args.seed + 1, args.device, args.digits)
     print(f"held-out digits, one actor ({result.singles} videos): digit right in {result.single_accuracy:.2%}")
     print(f"held-out digits, two actors ({result.pairs} videos): both digits right in {result.pair_accuracy:.2%}")
-    print(f"direction right in {result.direction_accuracy:.2%} of the videos with one actor")
+    print(f"of the videos with one actor: direction right in {result.direction_accuracy:.2%}", end=", ")
+    print(f"speed, where the prompt has one, in {result.speed_accuracy:.2%}; steady {result.steadiness:.2%}")
 
 
 if __name__ == "__main__":

@@ -91,14 +91,42 @@ def assemble_pipeline(
 def save_weights(
     path: Path, transformer: WanTransformer3DModel, encoder: UMT5EncoderModel, metadata: Mapping[str, str]
 ) -> Path:
-    """Write both models to one safetensors file, in bfloat16; `load_pipeline` needs some of the metadata."""
+    """Write both models to one safetensors file, in bfloat16; `load_pipeline` needs some of the metadata.
+
+    `path` never holds half a file: an earlier one stays until the new one is complete.
+    """
     tensors = {
-        f"{part}.{name}": tensor.detach().to("cpu", torch.bfloat16).contiguous()
-        for part, model in (("transformer", transformer), ("text_encoder", encoder))
-        for name, tensor in model.named_parameters()
+        name: parameter.detach().to("cpu", torch.bfloat16).contiguous()
+        for name, parameter in _parameters(transformer, encoder).items()
     }
-    save_file(tensors, path, dict(metadata))
-    return path
+    partial = path.with_name(f"{path.name}.part")
+    save_file(tensors, partial, dict(metadata))
+    return partial.replace(path)
+
+
+def _parameters(transformer: WanTransformer3DModel, encoder: UMT5EncoderModel) -> dict[str, nn.Parameter]:
+    """The parameters of both models, by their names in a file of weights."""
+    return dict(nn.ModuleDict({"transformer": transformer, "text_encoder": encoder}).named_parameters())
+
+
+def copy_weights(path: Path, transformer: WanTransformer3DModel, encoder: UMT5EncoderModel) -> None:
+    """Fill both models from a file of `save_weights`; raises `ValueError` if it holds other ones."""
+    parameters = _parameters(transformer, encoder)
+    _check_shapes(path, parameters)
+    tensors = load_file(path)
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(tensors[name])
+
+
+def _check_shapes(path: Path, parameters: Mapping[str, nn.Parameter]) -> None:
+    expected = {name: list(parameter.shape) for name, parameter in parameters.items()}
+    with safe_open(path, "pt") as file:
+        found = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118, it is no dict
+    for name in sorted(expected.keys() | found.keys()):
+        if found.get(name) != expected.get(name):
+            shape, wanted = found.get(name, "missing"), expected.get(name, "no such tensor")
+            raise ValueError(f"{path} does not fit the model of its setting: {name} is {shape}, expected {wanted}")
 
 
 def load_pipeline(
@@ -111,21 +139,13 @@ def load_pipeline(
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the shipped file is not the one that was committed, or another file is none of `train.py`'s.
+        ValueError: the shipped file is not the one that was committed, or another file is damaged or none of
+            `train.py`'s.
     """
-    path = _existing(weights)
-    metadata = read_metadata(path)
-    if weights is None:
-        verify_checksum(path)
-    setting = SETTINGS[metadata["setting"]]
+    setting, path = setting_of(weights), _existing(weights)
     transformer, encoder = build_transformer(setting), text_encoder(setting.text_dim)
-    tensors = load_file(path)
-    for part, model in (("transformer", transformer), ("text_encoder", encoder)):
-        named = dict(model.named_parameters())
-        with torch.no_grad():
-            for name, parameter in named.items():
-                parameter.copy_(tensors[f"{part}.{name}"])
-    mean, std = (json.loads(metadata[name]) for name in ("latents_mean", "latents_std"))
+    copy_weights(path, transformer, encoder)
+    mean, std = read_latent_statistics(path)
     pipe: WanPipeline = assemble_pipeline(_cast(transformer, dtype), nn.Module.to(encoder, dtype=dtype), mean, std)
     return pipe.to(device)
 
@@ -139,8 +159,33 @@ def _cast(transformer: WanTransformer3DModel, dtype: torch.dtype) -> WanTransfor
 
 
 def setting_of(weights: Path | None = None) -> Setting:
-    """What size of video a file of weights was trained on."""
-    return SETTINGS[read_metadata(_existing(weights))["setting"]]
+    """What size of video a file of weights was trained on; raises whatever `load_pipeline` would, and is quick."""
+    path = _existing(weights)
+    if weights is None:
+        verify_checksum(path)
+    setting = SETTINGS[read_metadata(path)["setting"]]
+    with torch.device("meta"):
+        _check_shapes(path, _parameters(build_transformer(setting), text_encoder(setting.text_dim)))
+    read_latent_statistics(path)
+    return setting
+
+
+def read_latent_statistics(path: Path) -> tuple[list[float], list[float]]:
+    """Mean and standard deviation of each channel of the latents that weights were trained on."""
+    metadata = read_metadata(path)
+    mean, std = (_channel_values(path, name, metadata.get(name, "null")) for name in ("latents_mean", "latents_std"))
+    return mean, std
+
+
+def _channel_values(path: Path, name: str, text: str) -> list[float]:
+    try:
+        values = json.loads(text)
+    except json.JSONDecodeError:
+        values = None
+    numbers = [value for value in values if isinstance(value, (int, float))] if isinstance(values, list) else []
+    if not len(numbers) == LATENT_CHANNELS == len(values):
+        raise ValueError(f"{path} is damaged: {name} of its metadata is {text!r}, not {LATENT_CHANNELS} numbers")
+    return numbers
 
 
 def read_metadata(path: Path) -> dict[str, str]:

@@ -18,13 +18,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import WanTransformer3DModel
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import UMT5EncoderModel
@@ -32,11 +31,11 @@ from transformers import UMT5EncoderModel
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from arguments import at_least, existing_file, finite, positive, usable_device
+from arguments import at_least, blame, existing_file, finite, positive, usable_device
 
-from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt
+from moving_digits.data import DIRECTIONS, SPEEDS, Actor, VideoSampler, format_prompt, load_digits
 from moving_digits.identity_vae import LATENT_CHANNELS, fold
-from moving_digits.pipeline import SETTINGS, Setting, build_transformer, save_weights
+from moving_digits.pipeline import SETTINGS, Setting, build_transformer, copy_weights, save_weights, setting_of, sha256
 from moving_digits.prompt_encoder import encode, text_encoder, tokenizer
 
 HELD_OUT = {(digit, tuple(DIRECTIONS)[digit % 4], SPEEDS[digit % 2]) for digit in range(10)}
@@ -46,6 +45,8 @@ PROMPT_DROPOUT = 0.12
 PROMPT_LENGTH = 512
 """WanPipeline's default; what follows the prompt's own tokens is zeros, which count as keys in its cross-attention."""
 STATISTICS_VIDEOS = 256
+LOG_EVERY, SAVE_EVERY = 50, 500
+"""Steps."""
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,20 @@ class Trainee(nn.Module):
 class Training:
     """All that a checkpoint holds, and one step of it."""
 
-    def __init__(self, setting: Setting, recipe: Recipe, seed: int, device: torch.device, digits: Path | None) -> None:
+    def __init__(
+        self, setting: Setting, recipe: Recipe, seed: int, device: torch.device, digits: Path | None,
+        init: Path | None = None,
+    ) -> None:  # fmt: skip
         torch.manual_seed(seed)
         self.setting, self.recipe, self.seed, self.device = setting, recipe, seed, device
-        self.model = Trainee(setting).to(device)
+        self.model = Trainee(setting)
+        if init:
+            copy_weights(init, self.model.transformer, self.model.text_encoder)
+        self.origin: dict[str, Any] = {
+            "setting": setting.name, "recipe": asdict(recipe), "seed": seed, "device": device.type,
+            "init": sha256(init) if init else "random weights",
+        }  # fmt: skip
+        self.model.to(device)
         self.ema = [p.detach().clone() for p in self.model.parameters()]
         self.optimizers = make_optimizers(self.model, recipe)
         self.tokenizer = tokenizer()
@@ -136,17 +147,18 @@ class Training:
 
     def state(self) -> dict[str, Any]:
         return {
-            "recipe": self.recipe, "seed": self.seed, "step": self.step, "seconds": self.seconds,
+            "origin": self.origin, "step": self.step, "seconds": self.seconds,
             "model": self.model.state_dict(), "ema": self.ema, "draw": self.draw.get_state(),
             "noise": self.noise.get_state(), "optimizers": [o.state_dict() for o in self.optimizers],
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any]) -> None:
-        if (state["recipe"], state["seed"]) != (self.recipe, self.seed):
-            raise SystemExit(
-                f"train: the checkpoint was made with {state['recipe']}, seed {state['seed']}, not {self.recipe}, seed "
-                f"{self.seed}; name another --output"
-            )
+        for what, mine in self.origin.items():
+            theirs = state["origin"][what]
+            if theirs != mine:
+                raise SystemExit(
+                    f"train: the checkpoint was made with {what} {theirs}, not {mine}; name another --output"
+                )
         self.step, self.seconds = state["step"], state["seconds"]
         self.model.load_state_dict(state["model"])
         for mine, saved in zip(self.ema, state["ema"], strict=True):
@@ -163,8 +175,8 @@ class Training:
                 "setting": self.setting.name, "latents_mean": json.dumps([self.mean] * LATENT_CHANNELS),
                 "latents_std": json.dumps([self.std] * LATENT_CHANNELS), "seed": str(self.seed),
                 "steps": str(self.step), "batch": str(self.recipe.batch), "recipe": str(self.recipe),
-                "seconds": f"{self.seconds:.0f}", "device": device_name(self.device), "commit": commit(),
-                "torch": str(torch.__version__), "licence": "Apache-2.0",
+                "init": self.origin["init"], "seconds": f"{self.seconds:.0f}", "device": device_name(self.device),
+                "commit": commit(), "torch": str(torch.__version__), "licence": "Apache-2.0",
             }  # fmt: skip
             save_weights(path, self.model.transformer, self.model.text_encoder, metadata)
 
@@ -244,9 +256,25 @@ def commit() -> str:
     return found.stdout.strip()
 
 
-def initialise(model: Trainee, path: Path) -> None:
-    """Start from the weights of another setting with the same architecture."""
-    model.load_state_dict({name: tensor.float() for name, tensor in load_file(path).items()}, strict=False)
+def read_checkpoint(path: Path, device: torch.device) -> dict[str, Any]:
+    """What `Training.state` was written to a file."""
+    try:
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        if "origin" not in state:
+            raise ValueError("it does not say what it was made with")
+    except Exception as error:  # EOFError, KeyError, RuntimeError, UnpicklingError...: it depends on the content
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+        raise SystemExit(f"train: {path} is no checkpoint: {reason}; remove it, or name another --output") from error
+    return state
+
+
+def forget_later_losses(log: Path, step: int) -> None:
+    """Drop the lines of `log.csv` that a run wrote after its last checkpoint, which was at `step`, or half wrote."""
+    if log.exists():
+        with log.open(newline="") as file:
+            rows = [row for row in csv.reader(file) if len(row) == 3 and int(row[0]) <= step]
+        with log.open("w", newline="") as file:
+            csv.writer(file).writerows(rows)
 
 
 def train(training: Training, output: Path, minutes: float) -> None:
@@ -275,9 +303,9 @@ def train(training: Training, output: Path, minutes: float) -> None:
         for _ in remaining_steps(training, started, minutes):
             losses.append(training.train_step())
             bar.update()
-            if training.step % 50 == 0:
+            if training.step % LOG_EVERY == 0:
                 report(bar)
-            if training.step % 500 == 0:
+            if training.step % SAVE_EVERY == 0:
                 save()
                 training.save_average(output / f"{training.setting.name}.safetensors")
     if losses:
@@ -298,13 +326,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     recipe = RECIPES[args.setting]
     given = {name: getattr(args, name) for name in ("steps", "batch", "noise_mean", "matrix_rate", "other_rate")}
     recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
-    args.output.mkdir(parents=True, exist_ok=True)
-    training = Training(SETTINGS[args.setting], recipe, args.seed, device, args.digits)
+    training = Training(SETTINGS[args.setting], recipe, args.seed, device, args.digits, args.init)
     checkpoint = args.output / "checkpoint.pt"
     if checkpoint.exists():
-        training.load_state(torch.load(checkpoint, map_location=device, weights_only=False))
-    elif args.init:
-        initialise(training.model, args.init)
+        training.load_state(read_checkpoint(checkpoint, device))
+    forget_later_losses(args.output / "log.csv", training.step)
     parameters = sum(p.numel() for p in training.model.parameters())
     print(
         f"{args.setting}: {training.setting.tokens:,} tokens per video, {parameters / 1e6:.1f} M parameters, {recipe}, "
@@ -327,7 +353,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--noise-mean", type=finite, help="of log(sigma / (1 - sigma)) (default: the recipe's)")
     parser.add_argument("--matrix-rate", type=positive, help="learning rate of Muon (default: the recipe's)")
     parser.add_argument("--other-rate", type=positive, help="learning rate of AdamW (default: the recipe's)")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="stop this run after so many (default: never)")
+    parser.add_argument(
+        "--minutes", type=positive, default=math.inf, help="stop this run after so many (default: never)"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="default: %(default)s")
     parser.add_argument("--init", type=existing_file, help="weights to start from, of the same architecture")
     parser.add_argument(
@@ -337,6 +365,13 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(arguments)
     if args.output is None:
         args.output = Path("build/moving_digits") / args.setting
+    with blame("--output", parser):
+        args.output.mkdir(parents=True, exist_ok=True)
+    with blame("--digits", parser):
+        load_digits("train", args.digits)
+    with blame("--init", parser):
+        if args.init:
+            setting_of(args.init)
     return args
 
 

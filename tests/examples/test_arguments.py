@@ -24,7 +24,9 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (generate, ["--guidance", "nan"], "--guidance: 'nan' is not a finite number"),
     (generate, ["--seed", "-1"], "--seed: '-1'"),
     (generate, ["--threshold", "1"], "threshold"),
-    (generate, ["--prompt", "left"], "left"),
+    (generate, ["--prompt", "left"], "'left' in 'left' is not a digit; allowed: 0, 1"),
+    (generate, ["--backend", "abacus"], "invalid choice: 'abacus'"),
+    (generate, ["--backend", "eager", "eager"], "argument --backend: each at most once, not eager eager"),
     (generate, ["--output", __file__], "File exists"),
     (evaluate, ["prompts", *NO_WEIGHTS], "no weights at /nope"),
     (evaluate, ["prompts", *NOT_WEIGHTS], "not a file of safetensors"),
@@ -45,6 +47,12 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (train, ["--batch", "0"], "--batch"),
     (train, ["--matrix-rate", "-1"], "--matrix-rate"),
     (train, ["--init", "/nope"], "there is no file '/nope'"),
+    (train, ["--init", __file__], "not a file of safetensors"),
+    (train, ["--init", str(metrics.WEIGHTS)], "names no setting"),
+    (train, ["--digits", __file__], "could not convert"),
+    (train, ["--minutes", "nan"], "--minutes: 'nan' is not a finite number"),
+    (train, ["--minutes", "0"], "--minutes: '0' is not above 0"),
+    (train, ["--output", __file__], "File exists"),
     (demo, ["--steps", "1"], "--steps: '1' is not an integer from 2"),
 ]
 
@@ -62,7 +70,9 @@ def test_wrong_arguments_are_named(
     with pytest.raises(SystemExit) as caught:
         program.main(arguments)
     assert caught.value.code == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err.partition("error: ")[2]
+    assert message in said
+    assert arguments[-2] in said  # the option
 
 
 def test_right_arguments(tmp_path: Path) -> None:

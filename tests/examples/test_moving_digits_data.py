@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +16,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from moving_digits.data import DIRECTIONS, Actor, VideoSampler, bounce, format_prompt, load_digits, parse_prompt
-from moving_digits.metrics import evaluate, load_classifier, motion_direction, psnr, ssim
+from moving_digits.metrics import Motion, evaluate, load_classifier, measure_motion, psnr, ssim
 
 
 def sampler(split: str = "test", seed: int = 0, **changes: int) -> VideoSampler:
@@ -114,8 +116,43 @@ def test_rendered_videos_show_what_their_prompts_say() -> None:
     assert found.singles == 40
     assert found.single_accuracy >= 0.95
     assert found.direction_accuracy >= 0.95
-    wrong = [(Actor((cast[0].digit + 1) % 10, cast[0].direction),) for cast in casts]
-    assert evaluate(videos, wrong, load_classifier()).single_accuracy <= 0.05
+    assert found.steadiness >= 0.95
+    assert found.named_speeds == 40
+    assert found.speed_accuracy >= 0.95
+    opposite, other_speed = (
+        {"right": "left", "left": "right", "up": "down", "down": "up"},
+        {"slow": "fast", "fast": "slow"},
+    )
+    wrong = [(Actor((a.digit + 1) % 10, opposite[a.direction], other_speed[str(a.speed)]),) for (a,) in casts]
+    mistaken = evaluate(videos, wrong, load_classifier())
+    assert mistaken.single_accuracy <= 0.05
+    assert mistaken.direction_accuracy <= 0.05
+    assert mistaken.speed_accuracy <= 0.05
+    unspecified = evaluate(videos[:1], [(replace(casts[0][0], speed=None),)], load_classifier())
+    assert (unspecified.named_speeds, unspecified.speeds) == (0, 0)
+    assert math.isnan(unspecified.speed_accuracy)
+
+
+@pytest.mark.parametrize(
+    ("times", "steady"),
+    [
+        (range(17), True),
+        ([*range(6), *[5] * 11], False),  # it stops
+        ([*range(8), *range(13, 22)], False),  # it jumps
+        ([float(t) if t < 6 else 5 + 3.0 * (t - 5) for t in range(17)], False),  # it speeds up
+    ],
+    ids=["steady", "stops", "jumps", "speeds up"],
+)
+def test_motion_is_judged_to_the_end(times: Sequence[float], steady: bool) -> None:
+    """Direction and speed are those of the start; a model may still lose its digit later."""
+    video = sampler(seed=5).render([(Actor(3, "right", "slow"),)], torch.tensor([list(times)]))[0]
+    assert measure_motion(video) == Motion("right", "slow", steady)
+
+
+def test_a_digit_that_vanishes_does_not_move_steadily() -> None:
+    video = sampler(seed=5).render([(Actor(3, "right", "slow"),)])[0]
+    video[:, 10] = video[:, 0].amin()
+    assert measure_motion(video) == Motion("right", "slow", False)
 
 
 def test_videos_of_pairs_show_both_digits() -> None:
@@ -127,8 +164,8 @@ def test_videos_of_pairs_show_both_digits() -> None:
 
 def test_no_motion_is_found_where_there_is_none() -> None:
     still = sampler().render([(Actor(3, "right"),)], torch.zeros(1, 17))[0]
-    assert motion_direction(still) is None
-    assert motion_direction(torch.full((3, 17, 64, 64), -0.8)) is None
+    assert measure_motion(still) is None
+    assert measure_motion(torch.full((3, 17, 64, 64), -0.8)) is None
 
 
 def test_motion_of_a_square() -> None:
@@ -137,7 +174,7 @@ def test_motion_of_a_square() -> None:
         for t in range(17):
             top, left = 24 + y * t, 24 + x * t
             video[0, t, top : top + 14, left : left + 14] = 1.0
-        assert motion_direction(video) == name
+        assert measure_motion(video) == Motion(name, "slow", True)
 
 
 def constant(value: float) -> Tensor:

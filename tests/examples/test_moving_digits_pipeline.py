@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,24 @@ from typing import Any
 import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, WanPipeline
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 from moving_digits import pipeline
 from moving_digits.identity_vae import LATENT_CHANNELS, SPATIAL_FACTOR, fold, identity_vae, unfold
-from moving_digits.pipeline import SETTINGS, assemble_pipeline, build_transformer, load_pipeline, save_weights
+from moving_digits.pipeline import (
+    SETTINGS,
+    assemble_pipeline,
+    build_transformer,
+    load_pipeline,
+    read_metadata,
+    save_weights,
+    setting_of,
+)
 from moving_digits.prompt_encoder import encode, text_encoder, tokenizer
+from moving_digits.sampling import generate
 
 PROMPTS = ["3 right", "7 up fast and 2 left", "", "0 down slow"]
 TINY = replace(SETTINGS["small"], frames=5, side=32, layers=2)
@@ -247,6 +257,49 @@ def test_weights_of_something_else_are_refused(tmp_path: Path) -> None:
         load_pipeline(path)
 
 
+def without(tensors: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {other: tensor for other, tensor in tensors.items() if other != name}
+
+
+BIAS = "transformer.proj_out.bias"
+DAMAGES: dict[str, tuple[Callable[[dict[str, Tensor]], dict[str, Tensor]], dict[str, str], str]] = {
+    "a tensor is missing": (lambda tensors: without(tensors, BIAS), {}, rf"{BIAS} is missing, expected \[48\]"),
+    "a shape that would broadcast": (
+        lambda tensors: {**tensors, BIAS: torch.zeros(1)}, {}, rf"{BIAS} is \[1\], expected \[48\]"
+    ),
+    "a tensor too many": (
+        lambda tensors: {**tensors, "vae.scale": torch.zeros(2)}, {}, r"vae\.scale is \[2\], expected no such tensor"
+    ),
+    "no mean": (lambda tensors: tensors, {"latents_mean": "null"}, "latents_mean of its metadata is 'null', not 12"),
+    "too few values": (lambda tensors: tensors, {"latents_std": "[0.5]"}, r"latents_std .* is '\[0.5\]', not 12"),
+    "no numbers": (lambda tensors: tensors, {"latents_std": "[1, 2"}, r"latents_std .* is '\[1, 2', not 12"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_weights_are_refused(weights: tuple[Path, Any, Any], tmp_path: Path, damage: str) -> None:
+    change, metadata, message = DAMAGES[damage]
+    path = tmp_path / "damaged.safetensors"
+    save_file(change(load_file(weights[0])), path, {**read_metadata(weights[0]), **metadata})
+    for read in (load_pipeline, setting_of):
+        with pytest.raises(ValueError, match=message):
+            read(path)
+
+
+def test_half_a_file_is_never_left(weights: tuple[Path, Any, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    path, transformer, encoder = weights
+    before = path.read_bytes()
+
+    def stop(tensors: Any, partial: Path, metadata: Any) -> None:
+        partial.write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pipeline, "save_file", stop)
+    with pytest.raises(KeyboardInterrupt):
+        save_weights(path, transformer, encoder, {})
+    assert path.read_bytes() == before
+
+
 def test_shipped_weights_are_verified(
     weights: tuple[Path, Any, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -257,6 +310,53 @@ def test_shipped_weights_are_verified(
     monkeypatch.setattr(pipeline, "CHECKSUMS", checksums)
     checksums.write_text(f"{pipeline.sha256(path)}  {path.name}\n")
     assert load_pipeline().vae.config.latents_std == STD
-    checksums.write_text(f"{'0' * 64}  {path.name}\n")
-    with pytest.raises(ValueError, match="differs from the file that was committed"):
-        load_pipeline()
+    for damage in (path.read_bytes()[:-1], b"nothing"):
+        path.write_bytes(damage)
+        with pytest.raises(ValueError, match="differs from the file that was committed"):
+            load_pipeline()
+
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.mark.parametrize("folder", ["examples/moving_digits/weights", "benchmarks/weights"])
+def test_committed_weights_have_their_checksums(folder: str) -> None:
+    listed = dict(reversed(line.split()) for line in (ROOT / folder / "SHA256SUMS").read_text().splitlines())
+    assert listed == {path.name: pipeline.sha256(path) for path in (ROOT / folder).glob("*.safetensors")}
+    assert all((ROOT / folder / name).stat().st_size < 20e6 for name in listed)
+
+
+@pytest.mark.parametrize("folder", ["examples/moving_digits/weights", "benchmarks/weights"])
+def test_the_card_tells_which_weights_it_is_about(folder: str) -> None:
+    """Checksum, and what the last part of their training was, as their metadata have it."""
+    card = (pipeline.WEIGHTS.parent / "MODEL_CARD.md").read_text()
+    sections = {part.splitlines()[0]: " ".join(part.split()) for part in card.split("\n## ")[1:]}
+    for path in (ROOT / folder).glob("*.safetensors"):
+        (section,) = (text for text in sections.values() if f"`{path.relative_to(ROOT)}`" in text)
+        assert pipeline.sha256(path)[:12] in section
+        if path.stem != "classifier":
+            metadata = read_metadata(path)
+            assert metadata["commit"] in section
+            assert f"{int(metadata['steps']):,}" in section
+            assert f"{int(metadata['seconds']) / 60:.1f}" in section
+            assert f"{SETTINGS[metadata['setting']].tokens:,} tokens" in section
+
+
+@pytest.mark.parametrize(
+    ("weights", "setting"), [(None, "small"), (ROOT / "benchmarks/weights/moving-digits-long.safetensors", "long")]
+)
+def test_committed_weights_load(weights: Path | None, setting: str) -> None:
+    assert setting_of(weights) == SETTINGS[setting]
+    loaded = load_pipeline(weights)
+    assert type(loaded) is WanPipeline
+    for model in (loaded.transformer, loaded.text_encoder):
+        assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_shipped_model_generates_what_its_seed_says() -> None:
+    loaded = load_pipeline()
+    loaded.set_progress_bar_config(disable=True)
+    first, again, other = (generate(loaded, SETTINGS["small"], ["3 right"], seed, 2, 1.0) for seed in (5, 5, 6))
+    assert first.shape == (1, 3, 17, 64, 64)
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)

@@ -31,7 +31,10 @@ def test_held_out_prompts_are_followed() -> None:
     assert found.singles == len(prompts) == 10
     assert found.single_accuracy >= 0.9
     assert found.direction_accuracy >= 0.9
+    assert found.speed_accuracy >= 0.9
+    assert found.steadiness >= 0.9
     # The metrics notice a model that follows other prompts than it was given.
     rotated = evaluate(videos, prompts[1:] + prompts[:1], load_classifier())
     assert rotated.single_accuracy <= 0.1
     assert rotated.direction_accuracy <= 0.1
+    assert rotated.speed_accuracy <= 0.1

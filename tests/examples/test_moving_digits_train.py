@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
@@ -43,7 +45,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     first.train_step()
     torch.save(first.state(), tmp_path / "checkpoint.pt")
     second = new_training()
-    second.load_state(torch.load(tmp_path / "checkpoint.pt", weights_only=False))
+    second.load_state(train.read_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu")))
     for _ in train.remaining_steps(second, 0.0, math.inf):
         second.train_step()
     assert second.step == straight.step == RECIPE.steps
@@ -52,9 +54,74 @@ def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     assert all(map(torch.equal, second.ema, straight.ema))
 
 
-def test_a_checkpoint_of_another_recipe_is_refused() -> None:
-    with pytest.raises(SystemExit, match="another --output"):
-        new_training(seed=1).load_state(new_training().state())
+def test_a_killed_run_goes_on_from_its_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after step 3, with checkpoints every 2: the same weights, and each step once in the log."""
+    monkeypatch.setattr(train, "LOG_EVERY", 1)
+    monkeypatch.setattr(train, "SAVE_EVERY", 2)
+    one_step = train.Training.train_step
+
+    def killed_after_three(training: train.Training) -> torch.Tensor:
+        if training.step == 3:
+            raise KeyboardInterrupt
+        return one_step(training)
+
+    def run(name: str) -> None:
+        train.main(["--steps", "5", "--batch", "2", "--device", "cpu", "--output", str(tmp_path / name)])
+
+    run("straight")
+    monkeypatch.setattr(train.Training, "train_step", killed_after_three)
+    with pytest.raises(KeyboardInterrupt):
+        run("killed")
+    monkeypatch.setattr(train.Training, "train_step", one_step)
+    assert [line.split(",")[0] for line in (tmp_path / "killed/log.csv").read_text().splitlines()] == ["1", "2", "3"]
+    run("killed")
+    losses = [
+        [line.split(",")[:2] for line in (tmp_path / name / "log.csv").read_text().splitlines()]
+        for name in ("straight", "killed")
+    ]
+    assert losses[0] == losses[1]
+    assert [step for step, _ in losses[0]] == list("12345")
+    straight, killed = (load_file(tmp_path / name / "small.safetensors") for name in ("straight", "killed"))
+    assert straight.keys() == killed.keys()
+    assert all(torch.equal(straight[name], killed[name]) for name in straight)
+
+
+def test_another_trainings_checkpoint_is_refused(tmp_path: Path) -> None:
+    state = new_training().state()
+    with pytest.raises(SystemExit, match="made with seed 0, not 1; name another --output"):
+        new_training(seed=1).load_state(state)
+    other_setting = train.Training(replace(TINY, name="long"), RECIPE, 0, torch.device("cpu"), None)
+    with pytest.raises(SystemExit, match="made with setting small, not long"):
+        other_setting.load_state(state)
+    weights = tmp_path / "small.safetensors"
+    new_training().save_average(weights)
+    with pytest.raises(SystemExit, match=f"made with init random weights, not {sha256(weights)}"):
+        train.Training(TINY, RECIPE, 0, torch.device("cpu"), None, weights).load_state(state)
+
+
+def saved(state: object) -> bytes:
+    file = io.BytesIO()
+    torch.save(state, file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", saved({"step": 3}), saved({"step": torch.ones(99)})[:-200]])
+def test_what_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "checkpoint.pt").write_bytes(content)
+    with pytest.raises(SystemExit, match=r"checkpoint\.pt is no checkpoint"):
+        train.main(["--steps", "1", "--batch", "1", "--device", "cpu", "--output", str(tmp_path)])
+
+
+def test_training_starts_from_given_weights(tmp_path: Path) -> None:
+    path = tmp_path / "small.safetensors"
+    new_training(seed=5).save_average(path)
+    training = train.Training(TINY, RECIPE, 0, torch.device("cpu"), None, path)
+    given = load_file(path)
+    for (name, parameter), average in zip(training.model.named_parameters(), training.ema, strict=True):
+        assert torch.equal(parameter, given[name].float())
+        assert torch.equal(average, parameter)
+    training.save_average(tmp_path / "next.safetensors")
+    assert read_metadata(tmp_path / "next.safetensors")["init"] == sha256(path)
 
 
 def test_command_writes_weights_that_load(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,7 +132,7 @@ def test_command_writes_weights_that_load(tmp_path: Path, capsys: pytest.Capture
     weights = tmp_path / "small.safetensors"
     assert read_metadata(weights)["steps"] == "3"
     assert (tmp_path / "log.csv").read_text().count("\n") == 1
-    checkpoint = torch.load(tmp_path / "checkpoint.pt", weights_only=False)
+    checkpoint = train.read_checkpoint(tmp_path / "checkpoint.pt", torch.device("cpu"))
     names = [name for name, _ in train.Trainee(TINY).named_parameters()]
     average = dict(zip(names, checkpoint["ema"], strict=True))
     loaded = load_pipeline(weights).transformer

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import graphs
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import Denoiser, capture, inputs
+from graphs import Denoiser, assert_left_alone, capture, inputs
 from torch import Tensor
 
+from lite_compile import Reason
 from lite_compile.passes.find_attention import find_attention, layer_names
 
 CALLS = {
@@ -57,6 +60,24 @@ def test_spellings_are_found_in_execution_order() -> None:
     assert [site.spelling.name for site in sites if site.spelling] == [
         "softmax attention", "scaled_dot_product_attention", "softmax attention",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("attend", "reason"),
+    [
+        (F.scaled_dot_product_attention, Reason.SUBCLASS),
+        (lambda q, k, v: (q @ k.mT).softmax(-1) @ v, None),
+        (torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, Reason.SUBCLASS),
+    ],
+)
+def test_attention_inside_of_a_vmap_stays_dense(attend: Callable[..., Tensor], reason: Reason | None) -> None:
+    """Its values say nothing outside of the vmap, where states are allocated."""
+
+    def batched(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        result = torch.vmap(attend)(q[:, None], k[:, None], v[:, None])
+        return (result if isinstance(result, Tensor) else result[0])[:, 0]
+
+    assert_left_alone(batched, reason)
 
 
 def node_in(path: str | None) -> torch.fx.Node:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from graphs import capture
 from torch import Tensor, fx
 
@@ -72,13 +73,17 @@ def set_a_row(x: Tensor) -> None:
         (lambda x: operator.iadd(x, 1.0), True),
         (lambda x: torch.relu_(x), True),
         (lambda x: torch.add(x, 1.0, out=torch.empty(3, 4)), True),
-        (lambda x: torch.nn.functional.relu(x, inplace=True), True),
+        (lambda x: F.relu(x, inplace=True), True),
+        (lambda x: F.relu(x, True), True),
+        (lambda x: F.dropout(x, 0.5, False, True), True),
         (lambda x: torch.ops.aten.add_.Tensor(x, x), True),
         (lambda x: torch.ops.aten.add_(x, x), True),
         (lambda x: x.add(1.0), False),
         (lambda x: ~(x > 0), False),
         (lambda x: x[torch.tensor(1) : 3], False),
         (lambda x: torch.relu(x), False),
+        (lambda x: F.relu(x, False), False),
+        (lambda x: F.leaky_relu(x, 1), False),
         (lambda x: torch.ops.aten.add.Tensor(x, x), False),
     ],
 )
