@@ -58,9 +58,11 @@ def _rewrite(
 
     with graph.inserting_before(site.node):
         operands = emit(graph, (site.q, site.k, site.v), emitted, like=site.origin)
+        optional = {} if rewrite.key_bias is None else {"key_bias": rewrite.key_bias}
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
+            emit(graph, optional, emitted, like=site.origin),
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, attend)
@@ -83,7 +85,7 @@ def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:
 def _erase(graph: fx.Graph, site: AttentionSite) -> None:
     """Take out the dense attention, as far as nothing else uses it."""
     graph.erase_node(site.node)
-    left = set(site.inner)
+    left = {*site.inner, *site.copies}
     while unused := [node for node in left if not node.users]:
         for node in unused:
             graph.erase_node(node)
