@@ -40,6 +40,8 @@ class AttentionSite:
     enable_gqa: Any = False
     inner: tuple[fx.Node, ...] = ()
     """Nodes that have no purpose without `node`, its centre first; those that nothing else uses go with it."""
+    copies: tuple[fx.Node, ...] = ()
+    """Nodes that repeated heads of k and v; those that nothing else uses go with `node`. Filled in by `share_heads`."""
     match: Any = None
     """What `pattern` found and `check` and `rewrite` want to know."""
     layer: str = ""

@@ -16,9 +16,11 @@ from ..decisions import Reason
 from ..errors import OptionValueError
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from .attention_site import AttentionSite
+from .attention_site import AttentionSite, Declined
 from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
+from .match_key_mask import match_key_mask
 from .place_output import OutputPlace, place_output
+from .planned_nodes import Operand
 from .trace_projections import same_source, trace_projections
 
 _ANNOUNCE = (
@@ -39,6 +41,8 @@ class Rewrite:
     """Parameter whose identity is the layer's identity."""
     device: torch.device
     place: OutputPlace
+    key_bias: Operand | None = None
+    """float32 `[B | 1, Sk]`: what the site's mask amounts to."""
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(site, Reason.SIZE)
     if site.declined is not None:
         return Decline(site, *site.declined)
-    if site.attn_mask is not None:
-        return Decline(site, Reason.MASK)
+    key_bias = None if site.attn_mask is None else match_key_mask(site, q.shape[0], k.shape[2])
+    if isinstance(key_bias, Declined):
+        return Decline(site, *key_bias)
     if site.is_causal is not False:
         return Decline(site, Reason.CAUSAL)
     dropout_p = _number(site.dropout_p)
@@ -102,8 +107,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     scale = _number(site.scale)
     if scale is None and site.scale is not None:
         return Decline(site, Reason.SCALE)
-    if site.enable_gqa or not statically_known_true(q.shape[1] == k.shape[1]):
-        return Decline(site, Reason.GQA)
+    if not _may_share_heads(site, q, k):
+        return Decline(site, Reason.GQA, f"{q.shape[1]} heads in q, {k.shape[1]} in k")
     if not statically_known_true(q.shape[0] == k.shape[0]) or k.shape[:3] != v.shape[:3]:
         return Decline(site, Reason.RANK, "q, k and v have to agree in batch, heads and length")
     if any(x.requires_grad for x in (q, k, v, out)):
@@ -121,7 +126,7 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     assert tokens is not None
     if tokens < options.min_seq_len:
         return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
-    kernel = select_kernel(q.device, q.dtype, dim, options.kernel)
+    kernel = select_kernel(q.device, q.dtype, dim, options.kernel, biased=key_bias is not None)
     if isinstance(kernel, str):
         if options.kernel != "auto":
             raise OptionValueError(f"liteattention option 'kernel' is {options.kernel!r}; {site.layer}: {kernel}")
@@ -141,7 +146,15 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     # What torch took for variable becomes a constant here: another number is compiled anew.
     float(dropout_p)
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
-    return Rewrite(site, scale, kernel, weight, q.device, place)
+    return Rewrite(site, scale, kernel, weight, q.device, place, key_bias)
+
+
+def _may_share_heads(site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> bool:
+    """Whether each head of q has one of k: there are as many, one for all, or groups of heads share one."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if statically_known_true(heads == kv_heads) or statically_known_true(kv_heads == 1):
+        return True
+    return site.enable_gqa is True and statically_known_true(heads % kv_heads == 0)
 
 
 def _number(value: Any) -> float | torch.SymFloat | None:

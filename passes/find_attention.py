@@ -16,6 +16,7 @@ from .match_fused_op import FusedOpSpelling
 from .match_multi_head_attention import MultiheadAttentionSpelling
 from .match_sdpa import SdpaSpelling
 from .match_softmax_attention import SoftmaxSpelling
+from .share_heads import share_heads
 from .spelling_registry import registered_spellings
 
 BUILT_IN: tuple[Spelling, ...] = (
@@ -45,7 +46,7 @@ def find_attention(gm: fx.GraphModule) -> list[AttentionSite]:
     position = {node: index for index, node in enumerate(gm.graph.nodes)}
     found.sort(key=lambda site: position[site.node])
     names = layer_names([site.origin for site in found])
-    return [dataclasses.replace(site, layer=name) for site, name in zip(found, names, strict=True)]
+    return [dataclasses.replace(share_heads(site), layer=name) for site, name in zip(found, names, strict=True)]
 
 
 def _match(spelling: Spelling, node: fx.Node) -> AttentionSite | None:

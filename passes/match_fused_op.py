@@ -76,6 +76,7 @@ class FusedOpSpelling(Spelling):
             return None
         if heads_last:
             site.update({name: _heads_first(site[name]) for name in ("q", "k", "v")})
+            site["enable_gqa"] = "flash" in schema.name
         others = ((name, value) for name, value in arguments.items() if name not in _SITE_ARGUMENTS)
         unsupported = next((f"{name}={value}" for name, value in others if not _has_no_effect(name, value)), "")
         inner = () if out is node else (node, *dead_ends(node))
@@ -85,6 +86,9 @@ class FusedOpSpelling(Spelling):
         call: _Call = site.match
         if call.unsupported:
             return Declined(Reason.VARIANT, call.unsupported)
+        mask = fake_tensor(site.attn_mask)
+        if mask is not None and mask.dtype is torch.bool and not str(call.node.target).startswith("aten"):
+            return Declined(Reason.MASK, "True may mean to attend or not to")
         if other_results_used(call.node):
             return Declined(Reason.SHARED, f"another output of {call.node.target}")
         return None

@@ -14,6 +14,7 @@ from ..decisions import Reason
 from .attention_site import AttentionSite, Declined, Spelling, dead_ends, first_result, other_results_used
 from .graph_inputs import fake_tensor
 from .planned_nodes import Operand, plan
+from .pointwise_steps import bias_that_hides
 
 _SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 _WHOLE_LAYERS = (torch._transformer_encoder_layer_fwd,)
@@ -46,12 +47,11 @@ class MultiheadAttentionSpelling(Spelling):
         bound.apply_defaults()
         call = bound.arguments
         declined = _unsupported(call)
-        masks = [mask for mask in (call["attn_mask"], call["key_padding_mask"]) if mask is not None]
         inputs = (call["query"], call["key"], call["value"])
         q, k, v = inputs if declined is not None else _project(call)
         return AttentionSite(
             out, q, k, v,
-            attn_mask=masks[0] if masks else None,
+            attn_mask=None if declined is not None else _key_mask(call["key_padding_mask"]),
             dropout_p=call["dropout_p"] if call["training"] else 0.0,
             is_causal=call["is_causal"],
             inner=(node, *dead_ends(node)),
@@ -76,10 +76,21 @@ def _unsupported(call: dict[str, Any]) -> Declined | None:
     named = next((name for name in _UNSUPPORTED if call[name] is not None and call[name] is not False), None)
     if named is not None:
         return Declined(Reason.VARIANT, named)
+    if call["attn_mask"] is not None:
+        return Declined(Reason.MASK, "attn_mask")
     shapes = [fake_tensor(call[name]) for name in ("query", "key", "value")]
     if any(x is None or x.dim() != 3 for x in shapes):
         return Declined(Reason.RANK, "the input has no batch dimension")
     return None
+
+
+def _key_mask(padding: Any) -> Operand | None:
+    """`[B, 1, 1, Sk]`, floats to be added, from `[B, Sk]`, where True is what must not be attended to."""
+    if padding is None:
+        return None
+    is_bool = getattr(fake_tensor(padding), "dtype", None) is torch.bool
+    bias = bias_that_hides(padding) if is_bool else padding
+    return plan("unsqueeze", plan("unsqueeze", bias, 1), 1)
 
 
 def _project(call: dict[str, Any]) -> tuple[Operand, Operand, Operand]:

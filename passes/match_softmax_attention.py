@@ -13,7 +13,7 @@ from .attention_site import AttentionSite, Declined, Spelling
 from .graph_inputs import fake_tensor
 from .label_attention import label_attention
 from .planned_nodes import Operand, plan
-from .pointwise_steps import FLOATS, cast_of, writes
+from .pointwise_steps import FLOATS, cast_of, written_meanwhile
 from .trace_operand import Origin, choose_origin, loses_nothing, trace_operand
 from .walk_softmax import walk_down, walk_up
 
@@ -50,6 +50,10 @@ class SoftmaxSpelling(Spelling):
         if roles is None:
             return None
         declined = scores.declined or weights.declined
+        if scores.mask is not None and not scores.product.rows_before_keys:
+            declined = declined or Declined(
+                Reason.MASK, "it is added to scores whose last dimensions are no rows and keys"
+            )
         span = [node, *scores.passed, *weights.passed]
         out = weights.product.node
         if isinstance(roles, Declined):
@@ -70,6 +74,7 @@ class SoftmaxSpelling(Spelling):
         span += [] if out is weights.product.node else [weights.product.node]
         return AttentionSite(
             out, q, k, v,
+            attn_mask=scores.mask,
             scale=scale,
             dropout_p=weights.dropout_p,
             inner=tuple(dict.fromkeys((*span, *scores.terms))) if declined is None else (node,),
@@ -80,7 +85,7 @@ class SoftmaxSpelling(Spelling):
         written: _Written = site.match
         if written.declined is not None:
             return written.declined
-        changed = _written_meanwhile(site)
+        changed = written_meanwhile(written.span, site.node)
         return None if changed is None else Declined(Reason.VARIANT, f"{changed.name} writes in place meanwhile")
 
     def rewrite(self, site: AttentionSite, out: Operand) -> Operand:
@@ -117,19 +122,3 @@ def _four_dimensional(x: Operand) -> Operand:
     for _ in range(4 - rank):
         x = plan("unsqueeze", x, 0)
     return x
-
-
-def _written_meanwhile(site: AttentionSite) -> fx.Node | None:
-    """A node that writes in place after the first node of the attention and before its last one, or None.
-
-    The op reads q, k and v where the attention ends.
-    """
-    missing = set(site.match.span)
-    node = site.node
-    while missing:
-        node = node.prev
-        if node in missing:
-            missing.discard(node)
-        elif writes(node):
-            return node
-    return None

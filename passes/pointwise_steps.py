@@ -6,7 +6,9 @@ Each function says what a node does to its first input, or None if it is somethi
 from __future__ import annotations
 
 import inspect
+import math
 import operator
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -15,6 +17,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .graph_inputs import fake_tensor, fake_value
+from .planned_nodes import Operand, PlannedNode, plan
 from .trace_product import BADDBMM
 
 aten = torch.ops.aten
@@ -38,6 +41,8 @@ _VIEWS = {
     torch.unflatten,
 }
 _MASKED_FILL = {"masked_fill", "masked_fill_", torch.masked_fill, torch.where, "where"}
+_HIDDEN = -1e4
+"""Scores from here down have no weight beside any that was not hidden."""
 _ZEROS = {torch.zeros, torch.zeros_like, "new_zeros"}
 _ZEROS_VIEWED = {
     "to", "float", "half", "bfloat16", "type_as", "expand", "unsqueeze", "view", "reshape", "repeat", "contiguous",
@@ -119,6 +124,33 @@ def masking_of(node: fx.Node) -> fx.Node | None:
     return next((x for x in places if isinstance(x, fx.Node) and same_shape(x, node)), None)
 
 
+def hiding_bias(node: fx.Node, scores: fx.Node) -> PlannedNode | None:
+    """What could be added to `scores` in place of a `masked_fill` or `where` that hides some; None if it does not hide.
+
+    A finite filler becomes the lowest float32, which float32 adds without a trace of the score as well.
+    """
+    if node.kwargs or len(node.args) != 3:
+        return None
+    condition: Any
+    filler: Any
+    if node.target is torch.where:
+        condition, *values = node.args
+        hides = values[0] is not scores
+        filler = values[0] if hides else values[1]
+    else:
+        _, condition, filler = node.args
+        hides = node.target != "where"
+    if not is_number(filler) or filler > _HIDDEN or getattr(fake_tensor(condition), "dtype", None) is not torch.bool:
+        return None
+    lowest = -math.inf if filler == -math.inf else torch.finfo(torch.float32).min
+    return bias_that_hides(condition if hides else plan("logical_not", condition), lowest)
+
+
+def bias_that_hides(hidden: Operand, by: float = -math.inf) -> PlannedNode:
+    """float32, to be added to scores: `by` where the bools `hidden` are true, else 0."""
+    return plan("masked_fill", plan(torch.zeros_like, hidden, dtype=torch.float32), hidden, by)
+
+
 def dropout_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     """Input of a dropout and its probability, 0 where it is switched off."""
     if node.target is torch.dropout and len(node.args) == 3 and not node.kwargs:
@@ -144,11 +176,11 @@ def batch_view_of(node: fx.Node) -> fx.Node | None:
     return source if same and isinstance(source, fx.Node) else None
 
 
-def is_zero(value: Any) -> bool:
-    """Whether a term of a sum is provably zero: a number, or zeros that nothing writes to."""
+def is_zero(value: Any, reader: fx.Node | None = None) -> bool:
+    """Whether a term of a sum is provably zero: a number, or zeros that nothing writes to, `reader` least of all."""
     if is_number(value):
         return bool(value == 0)
-    while isinstance(value, fx.Node) and _never_written(value):
+    while isinstance(value, fx.Node) and _never_written(value, reader):
         if value.target in _ZEROS:
             return True
         if value.target not in _ZEROS_VIEWED or not value.args:
@@ -157,11 +189,13 @@ def is_zero(value: Any) -> bool:
     return False
 
 
-def _never_written(zeros: fx.Node) -> bool:
-    """Whether everything that is done with a tensor and its views is to add it to something."""
+def _never_written(zeros: fx.Node, reader: fx.Node | None) -> bool:
+    """Whether everything that is done with a tensor and its views is to add it to something, or to be read."""
     for user in zeros.users:
+        if user is reader:
+            continue
         if user.target in _ZEROS_VIEWED:
-            if not _never_written(user):
+            if not _never_written(user, reader):
                 return False
         elif user.target in _ADD_IN_PLACE:
             if user.args[0] is zeros:
@@ -201,6 +235,22 @@ def _is_asked_to_write(node: fx.Node) -> bool:
     except (TypeError, ValueError):  # a builtin, or a function without such a parameter
         return False
     return place < len(node.args) and node.args[place] is not False
+
+
+def written_meanwhile(span: Iterable[fx.Node], last: fx.Node) -> fx.Node | None:
+    """A node outside of `span` that writes in place between the first node of `span` and `last`, or None.
+
+    The op reads its operands where the attention ends.
+    """
+    missing = set(span)
+    node = last
+    while missing:
+        node = node.prev
+        if node in missing:
+            missing.discard(node)
+        elif writes(node):
+            return node
+    return None
 
 
 def same_shape(x: Any, node: fx.Node) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -61,7 +62,7 @@ def _rewrite(
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
-            {} if rewrite.device.type == "cpu" else {"kernel": rewrite.kernel.name},
+            emit(graph, _optional_arguments(rewrite), emitted, like=site.origin),
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, attend)
@@ -76,6 +77,12 @@ def _rewrite(
     return StateInput(site.layer, rewrite.weight, tile, q_len, k_len, tuple(shape))
 
 
+def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:
+    """Those of the op's arguments that are not what the op takes without being told."""
+    given: dict[str, Any] = {} if rewrite.key_bias is None else {"key_bias": rewrite.key_bias}
+    return given if rewrite.device.type == "cpu" else {**given, "kernel": rewrite.kernel.name}
+
+
 def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:
     restored = site.restore(result)
     return plan("contiguous", restored) if contiguous else restored
@@ -84,7 +91,7 @@ def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:
 def _erase(graph: fx.Graph, site: AttentionSite) -> None:
     """Take out the dense attention, as far as nothing else uses it."""
     graph.erase_node(site.node)
-    left = set(site.inner)
+    left = {*site.inner, *site.copies}
     while unused := [node for node in left if not node.users]:
         for node in unused:
             graph.erase_node(node)

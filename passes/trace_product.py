@@ -37,6 +37,12 @@ class Product:
     beta: Any = 1
     added: Any = None
 
+    @property
+    def rows_before_keys(self) -> bool:
+        """Whether the last two dimensions of the result are of one operand each: rows and columns of a matrix."""
+        shared = set(self.left_labels) & set(self.right_labels)
+        return len(self.labels) > 1 and not shared & set(self.labels[-2:])
+
 
 def as_product(node: Any) -> Product | None:
     """`node` as a product of two tensors with as many dimensions, or None if it is none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +12,14 @@ from torch import fx
 from ..decisions import Reason
 from .attention_site import Declined
 from .graph_inputs import fake_tensor
+from .planned_nodes import Operand, PlannedNode, plan
 from .pointwise_steps import (
     addition_of,
     batch_view_of,
     cast_of,
     dropout_of,
+    hiding_bias,
+    is_number,
     is_zero,
     masking_of,
     same_shape,
@@ -40,6 +44,8 @@ class Scores:
     """Tensors of nothing that were added."""
     viewed: bool
     declined: Declined | None
+    mask: Operand | None
+    """What else was added to the scaled scores."""
 
 
 @dataclass
@@ -64,6 +70,7 @@ class _Walk:
     terms: list[fx.Node] = field(default_factory=list)
     viewed: bool = False
     declined: Declined | None = None
+    mask: Operand | None = None
 
     def decline(self, reason: Reason, detail: str) -> None:
         self.declined = self.declined or Declined(reason, detail)
@@ -77,9 +84,15 @@ class _Walk:
 
     def add(self, term: Any, node: fx.Node) -> None:
         if not is_zero(term):
-            self.decline(Reason.MASK, f"{node.name} adds to the scores")
+            self.hide(term, node)
         elif isinstance(term, fx.Node) and term.target in _FACTORIES:
             self.terms.append(term)
+
+    def hide(self, mask: Any, node: fx.Node) -> None:
+        if not isinstance(mask, fx.Node | PlannedNode) or not (is_number(self.scale) and self.scale == 1):
+            self.decline(Reason.MASK, f"{node.name} adds to the scores")
+        else:
+            self.mask = mask if self.mask is None else plan(operator.add, self.mask, mask)
 
 
 def walk_up(softmax: fx.Node) -> Scores | None:
@@ -95,11 +108,13 @@ def walk_up(softmax: fx.Node) -> Scores | None:
         product = as_product(current)
         if product is not None:
             walk.multiply(symbol_or_self(product.alpha), current)
-            if product.added is not None:
+            if product.added is not None and not is_zero(product.added):
+                walk.decline(Reason.MASK, f"{current.name} adds to the scores")
+            elif product.added is not None:
                 walk.add(product.added, current)
             elif current.args[0] is not product.left and isinstance(current.args[0], fx.Node):
                 walk.terms += [current.args[0]] if current.args[0].target in _FACTORIES else []
-            return Scores(product, walk.scale, walk.passed, walk.terms, walk.viewed, walk.declined)
+            return Scores(product, walk.scale, walk.passed, walk.terms, walk.viewed, walk.declined, walk.mask)
         current = _step_up(current, walk)
     return None
 
@@ -122,7 +137,11 @@ def _step_up(node: fx.Node, walk: _Walk) -> fx.Node | None:
             source, other = other, source
         walk.add(other, node)
     elif (source := masking_of(node)) is not None:
-        walk.decline(Reason.MASK, f"{node.name} masks the scores")
+        bias = hiding_bias(node, source)
+        if bias is None:
+            walk.decline(Reason.MASK, f"{node.name} masks the scores")
+        else:
+            walk.hide(bias, node)
     else:
         source = next((x for x in node.all_input_nodes if same_shape(x, node)), None)
         walk.decline(Reason.VARIANT, f"{node.name} changes the scores")

@@ -120,6 +120,7 @@ HAND_WRITTEN: dict[str, Attend] = {
     "baddbmm": folded(baddbmm),
     "baddbmm_of_zeros": folded(baddbmm_of_zeros),
     "unfolded_scores": unfolded_scores,
+    "one_head_for_all": lambda q, k, v: (q @ k[:, :1].mT * 0.25).softmax(-1) @ v[:, :1],
 }  # fmt: skip
 """Every one of them has to be found and rewritten."""
 
@@ -189,8 +190,8 @@ def causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def where_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    scores = q @ k.mT * 0.25
-    return torch.where(scores.new_ones((), dtype=torch.bool), scores, -1e4).softmax(-1) @ v
+    condition = torch.ones((), dtype=torch.bool, device=q.device)
+    return torch.where(condition, q @ k.mT * 0.25, -1e4).softmax(-1) @ v
 
 
 def baddbmm_with_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -238,7 +239,6 @@ LOOK_ALIKES: dict[str, tuple[Attend, Reason | None]] = {
         lambda q, k, v: torch.einsum("bhij,bjd->bhid", torch.einsum("bhid,bjd->bhij", q, k[:, 0]).softmax(-1), v[:, 0]),
         Reason.GQA,
     ),
-    "broadcast_k": (lambda q, k, v: (q @ k[:, :1].mT * 0.25).softmax(-1) @ v[:, :1], Reason.GQA),
     "fewer_keys": (lambda q, k, v: (q @ k[:, :, 1:].mT * 0.25).softmax(-1) @ v[:, :, 1:], Reason.CROSS_ATTENTION),
     "narrower_v": (
         lambda q, k, v: ((q @ k.mT).softmax(-1).bfloat16() @ v.bfloat16()).to(v.dtype) + 0 * v, Reason.DTYPE,

@@ -114,12 +114,16 @@ def test_dtype() -> None:
     assert reason(lambda q, k, v: sdpa(q.double(), k.double(), v.double()).float()) is Reason.DTYPE
 
 
-def test_autocast_mix_of_dtypes() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_mix_of_dtypes(dtype: torch.dtype) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
-            return sdpa(q, k, v.bfloat16()).float()
+        with torch.autocast("cpu", dtype):
+            return sdpa(q, k, v.to(dtype)).float()
 
-    assert reason(attend) is Reason.DTYPE
+    decision = only(decide(capture(Denoiser(attend), *inputs())))
+    assert isinstance(decision, Rewrite)
+    operands = (decision.site.q, decision.site.k, decision.site.v)
+    assert {operand.meta["example_value"].dtype for operand in operands} == {dtype}
 
 
 def test_gradients() -> None:
@@ -131,7 +135,9 @@ def test_gradients() -> None:
 
 
 def test_grouped_queries() -> None:
-    assert reason(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)) is Reason.GQA
+    assert reason(lambda q, k, v: sdpa(q, k[:, :1], v[:, :1], enable_gqa=True)) is None
+    assert reason(lambda q, k, v: sdpa(q, k, v, enable_gqa=True)) is None
+    assert reason(lambda q, k, v: sdpa(torch.cat([q, q], 1), k, v, enable_gqa=True)[:, :HEADS]) is None
 
 
 def test_rank() -> None:
@@ -187,7 +193,7 @@ def test_no_clock_says_what_to_add() -> None:
 
 
 def test_unsupported_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lite_compile.passes.decide_attention.select_kernel", lambda *_: "xpu has no kernel")
+    monkeypatch.setattr("lite_compile.passes.decide_attention.select_kernel", lambda *_, **__: "xpu has no kernel")
     decision = only(decide(capture(Denoiser(), *inputs())))
     assert isinstance(decision, Decline)
     assert (decision.reason, decision.detail) == (Reason.DEVICE, "xpu has no kernel")

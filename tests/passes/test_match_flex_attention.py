@@ -28,6 +28,7 @@ REWRITTEN: dict[str, Any] = {
     "plain": lambda q, k, v: flex_attention(q, k, v),
     "scale": lambda q, k, v: flex_attention(q, k, v, scale=0.3),
     "identity": lambda q, k, v: flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score),
+    "shared_heads": lambda q, k, v: flex_attention(q, k[:, :1], v[:, :1], enable_gqa=True),
     "lse_not_used": lambda q, k, v: flex_attention(q, k, v, return_lse=True)[0],
 }
 DECLINED: dict[str, Any] = {
@@ -45,7 +46,6 @@ DECLINED: dict[str, Any] = {
     "causal": (lambda q, k, v: flex_attention(q, k, v, block_mask=CAUSAL), Reason.MASK),
     "mask_of_everything": (lambda q, k, v: flex_attention(q, k, v, block_mask=FULL), Reason.MASK),
     "lse": (with_lse, Reason.SHARED),
-    "shared_k": (lambda q, k, v: flex_attention(q, k[:, :1], v[:, :1], enable_gqa=True), Reason.GQA),
 }  # fmt: skip
 
 

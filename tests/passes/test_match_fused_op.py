@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from graphs import OPTIONS, Denoiser, inputs, run_both
+from graphs import HEADS, OPTIONS, Denoiser, inputs, run_both
 from test_insert_step_guard import lines_with
 from torch import Tensor
 
@@ -57,7 +57,7 @@ def stand_in(name: str, schema: str) -> Callable[..., Any]:
         given = {**dict(zip(names, args, strict=False)), **kwargs}
         q, k, v = (x if x.dim() == 3 else x.transpose(1, 2) for x in args[:3])
         scale = given.get("softmax_scale", given.get("scale"))
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+        out = F.scaled_dot_product_attention(q, k, v, given.get("attn_bias"), scale=scale, enable_gqa=q.dim() == 4)
         out = (out if out.dim() == 3 else out.transpose(1, 2)).contiguous()
         tensors = [out, *(q.new_zeros(1) for _ in range(outputs.count("Tensor") - 1))]
         results = (*tensors, *(0 for _ in range(outputs.count("int"))))
@@ -100,6 +100,16 @@ def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return out.reshape(q.shape)
 
 
+def more_queries(attend: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Twice as many heads in q."""
+    return lambda q, k, v: attend(torch.cat([q, 2 * q], 1), k, v)[:, 1 : HEADS + 1]
+
+
+def key_bias(q: Tensor) -> Tensor:
+    """Additive `[1, 1, 1, S]`."""
+    return torch.arange(q.shape[2], device=q.device).to(q.dtype).view(1, 1, 1, -1) * -0.1
+
+
 FA2 = "flash_attn::_flash_attn_forward"
 CUTLASS = "xformers::efficient_attention_forward_cutlass"
 NO_MASK = (None, None, None, None, 0.0, False, 0)
@@ -114,10 +124,13 @@ REWRITTEN: dict[str, Any] = {
         "flash_attn::flash_attn_func", overload=False, window_size=[-1, -1], softmax_scale=0.3
     ),
     "flash_attn_3": op("flash_attn_3::fwd", first=True, num_splits=1, softmax_scale=0.3),
+    "flash_attn_shared_heads": more_queries(op("flash_attn::flash_attn_func")),
     "xformers": op("xformers::memory_efficient_attention"),
     "xformers_scale": op("xformers::memory_efficient_attention", p=0.0, scale=0.3),
     "xformers_cutlass": op(CUTLASS, *NO_MASK, first=True, scale=0.3),
     "xformers_folded": folded,
+    "xformers_key_bias": lambda q, k, v: op("xformers::memory_efficient_attention", key_bias(q))(q, k, v),
+    "aten_key_bias": lambda q, k, v: aten._scaled_dot_product_attention_math.default(q, k, v, key_bias(q))[0],
     "another_namespace": op("someone::memory_efficient_attention"),
 }
 ON_OTHER_DEVICES: dict[str, Any] = {
@@ -152,6 +165,10 @@ DECLINED: dict[str, Any] = {
         lambda q, k, v: aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=q @ k.mT)[0], Reason.MASK,
     ),
     "bias": (biased, Reason.MASK),
+    "bool_mask": (
+        lambda q, k, v: op("xformers::memory_efficient_attention", key_bias(q) < 0)(q, k, v), Reason.MASK,
+    ),
+    "shared_heads": (more_queries(op("xformers::memory_efficient_attention")), Reason.GQA),
     "dropout": (op("xformers::memory_efficient_attention", p=0.1), Reason.DROPOUT),
     "causal": (op("flash_attn::flash_attn_func", causal=True), Reason.CAUSAL),
     "window": (op("flash_attn::flash_attn_func", window_size=[4, 4]), Reason.VARIANT),

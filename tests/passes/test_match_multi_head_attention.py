@@ -57,6 +57,20 @@ class UsesWeights(Mha):
         return out + weights.mean()
 
 
+class Padded(Mha):
+    """The last tokens of each batch entry are padding; `kind` is the dtype of the mask."""
+
+    def __init__(self, kind: torch.dtype) -> None:
+        super().__init__()
+        self.kind = kind
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> Tensor:
+        last = torch.arange(x.shape[1], 0, -1, device=x.device)
+        padding = last <= 5 * torch.arange(1, x.shape[0] + 1, device=x.device)[:, None]
+        self.call = {"need_weights": False, "key_padding_mask": padding if self.kind == torch.bool else -9.0 * padding}
+        return super().forward(x, context)
+
+
 def denoiser(attention: nn.Module, cross: bool = False) -> Denoiser:
     model = Denoiser(cross=cross)
     if cross:
@@ -72,6 +86,8 @@ REWRITTEN = {
     "no_bias": lambda: Mha(bias=False),
     "weights_not_used": lambda: Mha({"need_weights": True}),
     "dropout_in_eval": lambda: Mha(dropout=0.1),
+    "padding": lambda: Padded(torch.bool),
+    "padding_added": lambda: Padded(torch.float32),
     "separate_projections": lambda: Mha(kdim=DIM, vdim=DIM),
 }
 
@@ -129,12 +145,14 @@ def test_identity_is_the_packed_weight() -> None:
         assert "in_proj_weight" in projection.weight.name
 
 
-KEYS = torch.zeros(1, TOKENS, dtype=torch.bool)
 DECLINED = {
     "weights": (lambda: UsesWeights({"need_weights": True}), Reason.SHARED),
     "weights_per_head": (lambda: UsesWeights({"need_weights": True, "average_attn_weights": False}), Reason.SHARED),
     "mask": (lambda: Mha({"attn_mask": torch.zeros(TOKENS, TOKENS)}), Reason.MASK),
-    "padding": (lambda: Mha({"key_padding_mask": KEYS}), Reason.MASK),
+    "mask_and_padding": (
+        lambda: Mha({"attn_mask": torch.zeros(TOKENS, TOKENS), "key_padding_mask": torch.zeros(1, TOKENS)}),
+        Reason.MASK,
+    ),
     "causal": (
         lambda: Mha({"attn_mask": torch.ones(TOKENS, TOKENS).triu(1).bool(), "is_causal": True}), Reason.MASK,
     ),

@@ -1,0 +1,126 @@
+"""Find out whether an attention mask is the same for all heads and queries: then it is a bias per key."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ..decisions import Reason
+from .attention_site import AttentionSite, Declined
+from .graph_inputs import fake_tensor, special_kind
+from .planned_nodes import Operand, PlannedNode, plan
+from .pointwise_steps import bias_that_hides, is_zero, writes
+
+_POINTWISE = {
+    "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "clone", "detach", "expand", "repeat",
+    "add", "sub", "mul", "div", "neg", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or",
+    "masked_fill", "where", torch.where, torch.masked_fill, torch.logical_not, torch.logical_and, torch.logical_or,
+    torch.add, torch.sub, torch.rsub, torch.mul, torch.div, torch.neg, torch.eq, torch.ne, torch.clone,
+    operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.invert, operator.and_,
+    operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
+}  # fmt: skip
+"""What computes each element from those that broadcasting aligns with it: equal slices give equal slices."""
+_FILLED = {
+    torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones",
+    "new_full",
+}  # fmt: skip
+_MAY_BE_VIEWS = {
+    "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "detach", "expand", operator.getitem,
+}  # fmt: skip
+_RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", torch.unsqueeze, torch.squeeze, torch.reshape}
+_FROM_ROWS_ON = {
+    1: (None,),
+    2: (slice(0, 1),),
+    3: (0, slice(0, 1)),
+    4: (slice(None), 0, 0),
+}
+"""Index that takes `[B | 1, Sk]` from a mask of so many dimensions: that of the first head and query."""
+
+
+def match_key_mask(
+    site: AttentionSite, batch: int | torch.SymInt, k_len: int | torch.SymInt
+) -> Operand | Declined | None:
+    """The float32 bias `[B | 1, Sk]` that the site's mask amounts to, None if it masks nothing, or why it is another.
+
+    As for `scaled_dot_product_attention`, the mask is aligned with `[B, H, Sq, Sk]` from the right, True attends and
+    floats are added to the scores.
+    """
+    mask = site.attn_mask
+    fake = fake_tensor(mask)
+    if fake is None or special_kind(fake):
+        return Declined(Reason.MASK, "not a plain tensor")
+    if is_zero(mask, reader=site.node):
+        return None
+    if fake.dtype is not torch.bool and not fake.is_floating_point():
+        return Declined(Reason.MASK, f"its dtype is {fake.dtype}")
+    if fake.dim() not in _FROM_ROWS_ON or not statically_known_true(fake.shape[-1] == k_len):
+        return Declined(Reason.MASK, f"its shape is {tuple(fake.shape)}")
+    for dim, things in ((-2, "rows"), (-3, "heads")):
+        if not _is_constant(mask, dim):
+            return Declined(Reason.MASK, f"differs between {things}")
+    if fake.dim() == 4 and not any(statically_known_true(fake.shape[0] == size) for size in (1, batch)):
+        return Declined(Reason.MASK, f"its shape is {tuple(fake.shape)}")
+    return _key_bias(mask)
+
+
+def _key_bias(mask: Operand) -> Operand:
+    fake = fake_tensor(mask)
+    assert fake is not None
+    bias = plan(operator.getitem, mask, _FROM_ROWS_ON[fake.dim()])
+    if fake.dtype is torch.bool:
+        return bias_that_hides(plan("logical_not", bias))
+    return bias if fake.dtype is torch.float32 else plan("to", bias, torch.float32)
+
+
+def _is_constant(value: Any, dim: int) -> bool:
+    """Whether all slices of `value` along `dim`, counted from the last dimension, are provably equal."""
+    fake = fake_tensor(value)
+    if fake is None or -dim > fake.dim():
+        return True
+    if statically_known_true(fake.shape[dim] == 1) or statically_known_true(fake.stride(dim) == 0):
+        return True
+    if value.op not in ("call_function", "call_method") or _is_written(value):
+        return False
+    if value.target in _FILLED:
+        return True
+    if value.target in _POINTWISE:
+        return all(_is_constant(source, dim) for source in value.all_input_nodes)
+    if value.target in _RESHAPES or _is_plain_index(value):
+        source = value.args[0]
+        before = _same_dimension(source, value, dim)
+        return before is not None and _is_constant(source, before)
+    return False
+
+
+def _is_written(value: Operand) -> bool:
+    """Whether something writes to a tensor or to a view of it."""
+    if isinstance(value, PlannedNode):
+        return False
+    views = (user for user in value.users if user.target in _RESHAPES or user.target in _MAY_BE_VIEWS)
+    return any(map(writes, value.users)) or any(map(_is_written, views))
+
+
+def _is_plain_index(value: Operand) -> bool:
+    """Whether a tensor is indexed by `None`, `...` and `:` only."""
+    if value.target is not operator.getitem or fake_tensor(value.args[0]) is None:
+        return False
+    index = value.args[1] if isinstance(value.args[1], tuple) else (value.args[1],)
+    return all(part is None or part is ... or part == slice(None) for part in index)
+
+
+def _same_dimension(source: fx.Node, result: Operand, dim: int) -> int | None:
+    """Dimension of `source` that dimension `dim` of `result` is, where a view only adds or drops sizes of 1."""
+    before, after = fake_tensor(source), fake_tensor(result)
+    assert after is not None
+    if before is None:
+        return None
+    kept = [[d for d in range(-x.dim(), 0) if not statically_known_true(x.shape[d] == 1)] for x in (before, after)]
+    if len(kept[0]) != len(kept[1]):
+        return None
+    if not all(statically_known_true(before.shape[b] == after.shape[a]) for b, a in zip(*kept, strict=True)):
+        return None
+    return kept[0][kept[1].index(dim)]
