@@ -325,7 +325,7 @@ def test_on_unsupported_error_names_the_layer_and_a_way_out() -> None:
             self.attn = tiny_wan(layers=1).blocks[0].attn1
 
         def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device)
+            mask = torch.ones(tokens.shape[1], tokens.shape[1], dtype=torch.bool, device=tokens.device).tril()
             return self.attn(tokens, None, mask)
 
     run = torch.compile(Causal(), backend="liteattention", options={**OPTIONS, "on_unsupported": "error"})
