@@ -66,7 +66,7 @@ def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, kernel: 
 def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
     """One call that uses and records the state; random inputs mark nothing at this threshold."""
     return torch.ops.lite_compile.attend(
-        q, k, v, state, NOW, q.shape[-1] ** -0.5, -1000.0, *kernel.tile, kernel=kernel.name
+        q, k, v, state, NOW, q.shape[-1] ** -0.5, -1000.0, *kernel.tile, kernel_name=kernel.name
     )
 
 

@@ -37,7 +37,7 @@ _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, float threshold, "
     "int tile_q, int tile_k, bool heads_last=True, bool return_lse=False, Tensor? key_bias=None, "
-    'SymInt[] protected=[], str kernel="triton") -> (Tensor, Tensor)'
+    'SymInt[] protected=[], str kernel_name="triton") -> (Tensor, Tensor)'
 )
 
 
@@ -114,7 +114,7 @@ def _check_kinds(
 def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), kernel: str = "triton",
+    protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     return allocate_outputs(q, v, heads_last, return_lse)
@@ -124,7 +124,7 @@ def _attend_fake(
 def _attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), kernel: str = "triton",
+    protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_cpu import attend_cpu
 
@@ -138,12 +138,12 @@ def _attend_cpu(
 def _attend_cuda(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), kernel: str = "triton",
+    protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.select_kernel import cuda_kernel
 
     tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
-    attend = cuda_kernel(kernel)
+    attend = cuda_kernel(kernel_name)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse

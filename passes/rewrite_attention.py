@@ -80,7 +80,7 @@ def _rewrite(
 def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:
     """Those of the op's arguments that are not what the op takes without being told."""
     given: dict[str, Any] = {} if rewrite.key_bias is None else {"key_bias": rewrite.key_bias}
-    return given if rewrite.device.type == "cpu" else {**given, "kernel": rewrite.kernel.name}
+    return given if rewrite.device.type == "cpu" else {**given, "kernel_name": rewrite.kernel.name}
 
 
 def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:
