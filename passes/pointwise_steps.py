@@ -15,6 +15,7 @@ from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .graph_inputs import fake_tensor, fake_value
+from .planned_nodes import Operand
 from .trace_product import BADDBMM
 
 aten = torch.ops.aten
@@ -192,7 +193,7 @@ def writes(node: fx.Node) -> bool:
     )
 
 
-def same_shape(x: Any, node: fx.Node) -> bool:
+def same_shape(x: Any, node: Operand) -> bool:
     """Whether two nodes provably have the same shape. Asking adds no guard."""
     left, right = fake_tensor(x), fake_tensor(node)
     if left is None or right is None or left.dim() != right.dim():

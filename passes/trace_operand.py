@@ -44,7 +44,7 @@ def trace_operand(node: fx.Node, dims: Sequence[int], scaled: bool) -> list[Orig
     while True:
         current, order, factor, passed = origins[-1]
         source: Any = None
-        if (permutation := _permutation_of(current)) is not None:
+        if (permutation := permutation_of(current)) is not None:
             source = current.args[0]
             order = tuple(permutation[dim] for dim in order)
         elif (cast := _upcast_of(current)) is not None:
@@ -66,7 +66,7 @@ def choose_origin(origins: Sequence[Origin], dtype: torch.dtype) -> Origin | Non
     return best[-1] if best else None
 
 
-def _permutation_of(node: fx.Node) -> list[int] | None:
+def permutation_of(node: Operand) -> list[int] | None:
     """`p` where `node` is `source.permute(p)`."""
     fake = fake_tensor(node)
     if fake is None or not node.args or node.kwargs:
