@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import first_tile
+from ..ops import first_tile, touched_tiles
 from ..skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -48,18 +48,28 @@ class Plan(NamedTuple):
     """int64 `[B, H, q_tiles, k_tiles]`: place of each kept tile among the kept ones in ascending order"""
     computed: Tensor
     """int64 `[B, H, q_tiles]`: number of tiles kept"""
+    protected: Tensor
+    """bool `[B, H, q_tiles, k_tiles]`: tiles that no call may skip"""
 
 
-def plan_visits(rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, k_tiles: int) -> Plan:
-    """Decode state `rows` (int32 `[B, H, q_tiles, row_words]`) and order the visits around `first` (`[q_tiles]`)."""
-    alive = rows[..., EPOCH_WORD, None] == epoch
+def plan_visits(
+    rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, q_protected: Tensor, k_protected: Tensor
+) -> Plan:
+    """Decode state `rows` (int32 `[B, H, q_tiles, row_words]`) and order the visits around `first` (`[q_tiles]`).
+
+    Args:
+        q_protected, k_protected: bool `[q_tiles]` and `[k_tiles]`: tiles that touch protected positions.
+    """
+    k_tiles = k_protected.shape[0]
+    alive = (rows[..., EPOCH_WORD, None] == epoch) & ~q_protected[:, None]
     tiles = torch.arange(k_tiles)
-    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive
+    protected = (q_protected[:, None] | k_protected).expand(*rows.shape[:3], k_tiles)
+    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive & ~protected
     anchor_bits = unpack_bits(rows[..., layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
     anchors = anchor_bits[..., tiles // layout.anchor_group] & alive
     ring = (tiles - first[:, None]) % k_tiles
     order = ((2 * skipped.long() + (~anchors).long()) * k_tiles + ring).argsort(-1)
-    return Plan(skipped, order, ((~skipped).cumsum(-1) - 1).clamp(min=0), (~skipped).sum(-1))
+    return Plan(skipped, order, ((~skipped).cumsum(-1) - 1).clamp(min=0), (~skipped).sum(-1), protected)
 
 
 def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
@@ -77,9 +87,8 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
     before = torch.full_like(visited, -math.inf)
     for place in range(1, order.shape[1]):  # several times faster than cummax
         torch.maximum(before[place - 1], visited[place - 1], out=before[place])
-    negligible = (visited <= before + threshold).all(-1).T
-    negligible[:, 0] = False  # the first tile is visited before there is a maximum, even if all its scores are -inf
-    marked = plan.skipped.scatter(-1, order, negligible) | plan.skipped
+    negligible = (visited - before <= threshold).all(-1).T  # NaN, and no, while a row has met nothing but -inf
+    marked = (plan.skipped.scatter(-1, order, negligible) | plan.skipped) & ~plan.protected
 
     # The place that raised a row's maximum last holds it; a row that nothing raised counts for tile 0.
     places = torch.arange(order.shape[1], dtype=maxima.dtype)[:, None, None]
@@ -96,20 +105,24 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
 
 def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
-    tile: TileShape, out: Tensor, lse: Tensor | None = None,
+    tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
     Args:
-        q: `[B, H, Sq, D]`; k: `[B, H, Sk, D]`; v: `[B, H, Sk, Dv]`: float64, float32, bfloat16 or float16, any strides.
+        q: `[B, H, Sq, D]`; k: `[B, Hkv, Sk, D]`; v: `[B, Hkv, Sk, Dv]`: float64, float32, bfloat16 or float16, any
+            strides; `Hkv` divides `H`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
         now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
             generation.
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` never marks.
+        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
         tile: tile size the state was made for.
         out: `[B, H, Sq, Dv]`, dtype of `q`, any strides; overwritten.
         lse: natural-log sum of exponentials, float32 `[B, H, Sq]`; overwritten when given.
+        key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
+        protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
@@ -118,13 +131,18 @@ def attend_cpu(
     epoch, _, slot = now.tolist()[:3]
     recording = 0 <= slot < state.shape[0]
     rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
-    plan = plan_visits(rows, epoch, layout, first_tile(torch.arange(q_tiles), q_len, k_len, tile), k_tiles)
+    first = first_tile(torch.arange(q_tiles), q_len, k_len, tile)
+    q_protected, k_protected = touched_tiles(q_tiles, tile.q, protected), touched_tiles(k_tiles, tile.k, protected)
+    plan = plan_visits(rows, epoch, layout, first, q_protected, k_protected)
+    heads_per_kv = heads // k.shape[1]
 
     def attend_job(b: int, h: int, groups: Sequence[Tensor]) -> None:
         tiles = torch.cat(list(groups))
         part = Plan(*(field[b, h, tiles] for field in plan))
         logs = None if lse is None else lse[b, h]
-        maxima = attend_tiles(q[b, h], k[b, h], v[b, h], groups, part, scale, tile, out[b, h], logs)
+        bias = None if key_bias is None else key_bias.expand(batch, -1)[b]
+        keys, values = k[b, h // heads_per_kv], v[b, h // heads_per_kv]
+        maxima = attend_tiles(q[b, h], keys, values, groups, part, scale, tile, out[b, h], logs, bias)
         if recording:
             recorded = rows[b, h, tiles]
             record_tiles(recorded, maxima, part, epoch, layout, threshold * math.log(2))
@@ -168,12 +186,12 @@ def pad_to_tiles(x: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
 
 def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Tensor], plan: Plan, scale: float, tile: TileShape,
-    out: Tensor, lse: Tensor | None,
+    out: Tensor, lse: Tensor | None, bias: Tensor | None,
 ) -> Tensor:  # fmt: skip
     """Attention of some query tiles of one head, into their rows of `out` and `lse`.
 
     Args:
-        q, out: `[Sq, D]`; k, v: `[Sk, D]`; lse: `[Sq]`.
+        q, out: `[Sq, D]`; k, v: `[Sk, D]`; lse: `[Sq]`; bias: `[Sk]`, natural units.
         groups: indices of query tiles, `n` in all, those computed together in one tensor.
         plan: plan of these tiles in this order, without the two leading dimensions.
 
@@ -187,6 +205,7 @@ def attend_tiles(
     row = (torch.cat(list(groups))[:, None] * tile.q + torch.arange(tile.q)).clamp(max=q_len - 1).flatten()
     queries = (q.index_select(0, row).to(dtype) * scale).view(-1, tile.q, dim)
     keys, values = pad_to_tiles(k, tile.k, dtype), pad_to_tiles(v, tile.k, dtype)
+    biases = None if bias is None else pad_to_tiles(bias[:, None], tile.k, dtype)
     k_tiles = keys.shape[0] - 1
     counts = plan.computed.tolist()
     kept = torch.where(plan.skipped, k_tiles, torch.arange(k_tiles)).sort(-1).values  # filled up with the missing tile
@@ -211,6 +230,8 @@ def attend_tiles(
             group_values = torch.index_select(values, 0, indices, out=gathered_v[: size * n])
         scores = score_buffer[: size * tile.q * width].view(size, tile.q, width)
         torch.matmul(queries[start:stop], group_keys.view(-1, width, dim).mT, out=scores)
+        if biases is not None:
+            scores += biases[chosen].view(size, 1, width)
         if fewest < n or k_len % tile.k:  # missing keys come last, the first of them in the last tile of the fewest
             tail = max(fewest - 1, 0)
             missing = chosen[:, tail:, None] * tile.k + torch.arange(tile.k) >= k_len

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -15,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..ops import LOG2_E, NOW_EPOCH, NOW_SLOT
+from ..ops import LOG2_E, MAX_PROTECTED, NOW_EPOCH, NOW_SLOT
 from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS, TileShape, row_layout, tile_count
 
 _EPOCH, _COMPUTED, _HEADER = (tl.constexpr(word) for word in (EPOCH_WORD, COMPUTED_WORD, HEADER_WORDS))
 _NOW_EPOCH, _NOW_SLOT = tl.constexpr(NOW_EPOCH), tl.constexpr(NOW_SLOT)
-_LN_2 = tl.constexpr(math.log(2))
+_LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E)
+_LOWEST = tl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
+"""Natural units: below it, float32 has no finite value in log2 units."""
 _BLOCK = tl.constexpr(512)
 """Tiles whose state bits are handled at once."""
 
@@ -39,7 +42,25 @@ def _load_rows(pointers, row_inside, dim_inside, ALL_ROWS: tl.constexpr, ALL_DIM
 
 
 @triton.jit
-def _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group):
+def _load_bias(pointers, inside, ALL_ROWS: tl.constexpr):
+    """Bias of a tile's keys in log2 units. What would overflow stays as it is, since the dense sum is finite there."""
+    bias = tl.load(pointers) if ALL_ROWS else tl.load(pointers, mask=inside, other=0.0)
+    return tl.where(bias > _LOWEST, bias * _LOG2_E, bias)
+
+
+@triton.jit
+def _is_free(tile, size, protected):
+    """Whether a tile of `size` positions touches none of the four ranges `(start, end, start, end, ...)`."""
+    start = tile * size
+    free = tl.minimum(start + size, protected[1]) <= tl.maximum(start, protected[0])
+    free &= tl.minimum(start + size, protected[3]) <= tl.maximum(start, protected[2])
+    free &= tl.minimum(start + size, protected[5]) <= tl.maximum(start, protected[4])
+    free &= tl.minimum(start + size, protected[7]) <= tl.maximum(start, protected[6])
+    return free
+
+
+@triton.jit
+def _read_ring(row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr):
     """Tiles at the places `start ...` of the ring, and whether each is an anchor to visit, another to visit, skipped.
 
     All are int32 `[_BLOCK]`, the last three 0 or 1, and 0 past the end of the ring. `recorded`: `k_tiles`, or 0 if the
@@ -51,23 +72,29 @@ def _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group)
     group = tile // anchor_group
     skip_word = tl.load(row + _HEADER + anchor_words + tile // 32, mask=place < recorded, other=0)
     anchor_word = tl.load(row + _HEADER + group // 32, mask=place < recorded, other=0)
-    skipped = (skip_word >> (tile % 32)) & 1
+    skipped = tl.where(_is_free(tile, TILE_K, protected), (skip_word >> (tile % 32)) & 1, 0)
     anchor = (anchor_word >> (group % 32)) & 1
     kept = tl.where(place < k_tiles, 1 - skipped, 0)
     return tile, kept & anchor, kept & (1 - anchor), skipped
 
 
 @triton.jit
-def _list_visits(row, recorded, order, marks, first, k_tiles, anchor_words, anchor_group):
+def _list_visits(
+    row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr
+):
     """Write the tiles to compute into `order` in `ops.visit_order`, 1 into `marks` of the others; return how many."""
     anchor_count = 0
     for start in range(0, k_tiles, _BLOCK):
-        _, anchor, _, _ = _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group)
+        _, anchor, _, _ = _read_ring(
+            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
+        )
         anchor_count += tl.sum(anchor, 0)
     anchor_end = 0
     other_end = anchor_count
     for start in range(0, k_tiles, _BLOCK):
-        tile, anchor, other, skipped = _read_ring(row, recorded, start, first, k_tiles, anchor_words, anchor_group)
+        tile, anchor, other, skipped = _read_ring(
+            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
+        )
         position = tl.where(anchor == 1, anchor_end + tl.cumsum(anchor, 0), other_end + tl.cumsum(other, 0)) - 1
         tl.store(order + position, tile.to(order.dtype.element_ty), mask=(anchor | other) == 1)
         tl.store(marks + tile, skipped.to(marks.dtype.element_ty), mask=skipped == 1)
@@ -85,13 +112,16 @@ def _record_visits(needed, row_live, total, order, marks, start, count):
     bit = tl.arange(0, 32)
     visit = start + bit
     tile = tl.load(order + visit, mask=visit < count, other=0)
-    marked = (((word >> bit) & 1) == 0) & (visit > 0)
+    marked = ((word >> bit) & 1) == 0
     tl.store(marks + tile, marked.to(marks.dtype.element_ty), mask=visit < count)
 
 
 @triton.jit
-def _write_row(row, marks, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group):
-    """Write this program's row of the state."""
+def _write_row(
+    row, marks, markable, protected, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group,
+    TILE_K: tl.constexpr,
+):  # fmt: skip
+    """Write this program's row of the state. `markable`: `k_tiles`, or 0 if the row may skip none."""
     tl.store(row + _EPOCH, epoch)
     tl.store(row + _COMPUTED, count)
     group = argmax_tile // anchor_group
@@ -102,7 +132,8 @@ def _write_row(row, marks, epoch, count, argmax_tile, row_live, k_tiles, anchor_
     for start in range(0, tl.cdiv(k_tiles, 32), _BLOCK // 32):
         word = start + tl.arange(0, _BLOCK // 32)
         tile = word[:, None] * 32 + bit
-        marked = tl.load(marks + tile, mask=tile < k_tiles, other=0).to(tl.int32)
+        free = (tile < markable) & _is_free(tile, TILE_K, protected)
+        marked = tl.load(marks + tile, mask=free, other=0).to(tl.int32)
         tl.store(row + _HEADER + anchor_words + word, tl.reduce_or(marked << bit, 1), mask=word * 32 < k_tiles)
 
 
@@ -147,6 +178,7 @@ time: the kernel mutates its state, and the tile size is the granularity of the 
     do_not_specialize=[
         "streams",
         "heads",
+        "heads_per_kv",
         "q_len",
         "k_len",
         "q_tiles",
@@ -154,24 +186,35 @@ time: the kernel mutates its state, and the tile size is the granularity of the 
         "row_words",
         "anchor_words",
         "anchor_group",
+        "start_0",
+        "end_0",
+        "start_1",
+        "end_1",
+        "start_2",
+        "end_2",
+        "start_3",
+        "end_3",
     ]
 )
 def _attend_kernel(
-    q, k, v, out, lse, state, now, scratch,
+    q, k, v, key_bias, out, lse, state, now, scratch,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
-    v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s,
-    streams, heads, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
+    v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s, bias_stride_b,
+    streams, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
+    start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3,
     qk_scale, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_LSE: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; arguments as `attend_triton` documents them.
 
     Args:
         scratch: int16 or int32 `[programs, 2, k_tiles]`: the visit list, and one mark per tile.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
+        start_0 ...: protected ranges; those that are not needed are empty.
     """
     ALL_DIMS: tl.constexpr = HEAD_DIM == BLOCK_D
+    protected = (start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3)
     program = tl.program_id(0)
     q_tile = program % q_tiles
     batch = (program // q_tiles // heads).to(tl.int64)
@@ -182,11 +225,12 @@ def _attend_kernel(
     recording = (slot >= 0) & (slot < streams)
     row = state + (tl.where(recording, slot, 0).to(tl.int64) * tl.num_programs(0) + program) * row_words
     written_by = tl.load(row + _EPOCH, mask=recording, other=0)
-    recorded = tl.where(recording & (written_by == epoch), k_tiles, 0)
+    markable = tl.where(_is_free(q_tile, TILE_Q, protected), k_tiles, 0)
+    recorded = tl.where(recording & (written_by == epoch), markable, 0)
     order = scratch + program.to(tl.int64) * 2 * k_tiles
     marks = order + k_tiles
     first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
-    count = _list_visits(row, recorded, order, marks, first, k_tiles, anchor_words, anchor_group)
+    count = _list_visits(row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K)
     tl.debug_barrier()
 
     q_row = tl.arange(0, TILE_Q)
@@ -196,8 +240,8 @@ def _attend_kernel(
     q_start = q_tile.to(tl.int64) * TILE_Q
     row_live = q_row < q_len - q_tile * TILE_Q
     q += batch * q_stride_b + head * q_stride_h + q_start * q_stride_s
-    k += batch * k_stride_b + head * k_stride_h
-    v += batch * v_stride_b + head * v_stride_h
+    k += batch * k_stride_b + head // heads_per_kv * k_stride_h
+    v += batch * v_stride_b + head // heads_per_kv * v_stride_h
     k_offsets = k_row[:, None] * k_stride_s + dim[None, :]
     v_offsets = k_row[:, None] * v_stride_s + dim[None, :]
     q_block = _load_rows(q + q_row[:, None] * q_stride_s + dim[None, :], row_live, dim_inside, False, ALL_DIMS)
@@ -217,13 +261,20 @@ def _attend_kernel(
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if left < TILE_K:
                 scores = tl.where((k_row < left)[None, :], scores, float("-inf"))
-        tile_max = tl.max(scores, 1) * qk_scale
-        needed |= tl.where(tile_max <= running + threshold, 0, one << (n % 32))
+        if HAS_BIAS:
+            bias = _load_bias(key_bias + batch * bias_stride_b + k_start + k_row, k_row < left, EVEN_K)
+            scores = scores * qk_scale + bias[None, :]
+            factor = 1.0
+        else:
+            factor = qk_scale
+        tile_max = tl.max(scores, 1) * factor
+        # The difference is NaN while a row has met nothing but -inf.
+        needed |= tl.where(tile_max - running <= threshold, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
         shift = tl.where(raised == float("-inf"), 0.0, raised)
-        weights = tl.exp2(scores * qk_scale - shift[:, None])
+        weights = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(running - shift)
         running = raised
         total = total * decay + tl.sum(weights, 1)
@@ -244,7 +295,10 @@ def _attend_kernel(
     if recording:
         _record_visits(needed, row_live, total, order, marks, count // 32 * 32, count)
         tl.debug_barrier()
-        _write_row(row, marks, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group)
+        _write_row(
+            row, marks, markable, protected, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group,
+            TILE_K,
+        )  # fmt: skip
 
 
 @functools.cache
@@ -266,21 +320,24 @@ def triton_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
 
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
-    tile: TileShape, out: Tensor, lse: Tensor | None = None,
+    tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
     Args:
-        q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
-            stride other than 1 costs a copy.
+        q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
+            stride other than 1 costs a copy. `Hkv` divides `H`.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
         now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
             generation.
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` never marks.
+        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
         tile: tile size the state was made for, from `triton_tile`.
         out: `[B, H, Sq, D]`, dtype of `q`, last stride 1; overwritten.
         lse: natural-log sum of exponentials, contiguous float32 `[B, H, Sq]`; overwritten when given.
+        key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
+        protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
     """
     batch, heads, q_len, head_dim = q.shape
     k_len = k.shape[2]
@@ -295,14 +352,17 @@ def attend_triton(
     # Triton's interpreter runs on CPU tensors.
     capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
     config = _launch_config(capability, q.dtype, head_dim)
+    key_bias = None if key_bias is None else key_bias.contiguous()
     with torch.cuda.device_of(q):
         _attend_kernel[(programs,)](
-            q, k, v, out, lse, state, now, scratch,
+            q, k, v, key_bias, out, lse, state, now, scratch,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-            state.shape[0], heads, q_len, k_len, q_tiles, k_tiles,
+            0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
+            state.shape[0], heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
             layout.words, layout.anchor_words, layout.anchor_group,
+            *protected, *[0] * (2 * MAX_PROTECTED - len(protected)),
             scale * LOG2_E, threshold,
             HEAD_DIM=head_dim, BLOCK_D=max(16, triton.next_power_of_2(head_dim)), TILE_Q=tile.q, TILE_K=tile.k,
-            EVEN_K=k_len % tile.k == 0, HAS_LSE=lse is not None,
+            EVEN_K=k_len % tile.k == 0, HAS_BIAS=key_bias is not None, HAS_LSE=lse is not None,
             num_warps=config.warps, num_stages=config.stages, enable_fp_fusion=True,
         )  # fmt: skip

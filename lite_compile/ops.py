@@ -5,10 +5,13 @@ Kernels are imported when a tensor of their device arrives, so importing this fi
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .skip_state import (
     COMPUTED_WORD,
@@ -24,6 +27,8 @@ from .skip_state import (
 NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION = range(4)
 NOW_WORDS = 4
 LOG2_E = 1.4426950408889634
+MAX_PROTECTED = 4
+"""Most ranges of protected positions."""
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Index = TypeVar("Index", int, Tensor)
@@ -31,7 +36,8 @@ Index = TypeVar("Index", int, Tensor)
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, float threshold, "
-    "int tile_q, int tile_k, bool heads_last=True, bool return_lse=False) -> (Tensor, Tensor)"
+    "int tile_q, int tile_k, bool heads_last=True, bool return_lse=False, Tensor? key_bias=None, "
+    "SymInt[] protected=[]) -> (Tensor, Tensor)"
 )
 
 
@@ -48,29 +54,33 @@ def allocate_outputs(q: Tensor, v: Tensor, heads_last: bool, return_lse: bool) -
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int
-) -> TileShape:
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int,
+    key_bias: Tensor | None, protected: Sequence[int],
+) -> TileShape:  # fmt: skip
     """Kernels index memory by these shapes, so a wrong one has to end here. Returns the tile size."""
-    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k)
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     tile = TileShape(tile_q, tile_k)
-    if torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad):
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias)):
         raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"{shapes}; allowed: [B, H, Sq, D] and twice [B, H, Sk, D]")
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{shapes}; allowed: no empty dimension")
+    if k.shape != v.shape or (q.shape[0], q.shape[3]) != (k.shape[0], k.shape[3]) or q.shape[1] % k.shape[1]:
+        raise ValueError(f"{shapes}; allowed: [B, H, Sq, D] and twice [B, Hkv, Sk, D], where Hkv divides H")
     expected = state_shape(state.shape[0], q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
     if tuple(state.shape) != expected or not state.is_contiguous():
         raise ValueError(f"state is {state.dtype} {tuple(state.shape)}; allowed: contiguous int32 {expected}")
     if now.shape != (NOW_WORDS,) or not now.is_contiguous():
         raise ValueError(f"now is {now.dtype} {tuple(now.shape)}; allowed: contiguous int32 ({NOW_WORDS},)")
+    if key_bias is not None and (key_bias.shape[0] not in (1, q.shape[0]) or key_bias.shape[1] != k.shape[2]):
+        raise ValueError(f"key_bias is {tuple(key_bias.shape)}; allowed: [B, Sk] or [1, Sk] with {shapes}")
     return tile
 
 
 def _check_kinds(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int
-) -> None:
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int,
+    key_bias: Tensor | None, protected: Sequence[int],
+) -> None:  # fmt: skip
     """What can be said while tracing, when sizes may be symbols."""
     if not (q.dim() == k.dim() == v.dim() == 4 and state.dim() == 5 and now.dim() == 1):
         ranks = ", ".join(
@@ -83,44 +93,58 @@ def _check_kinds(
         raise ValueError(f"state {state.dtype}, now {now.dtype}; allowed: int32")
     if not q.device == k.device == v.device == state.device == now.device:
         raise ValueError("q, k, v, state and now have to agree in device")
+    if key_bias is not None and (key_bias.dim(), key_bias.dtype, key_bias.device) != (2, torch.float32, q.device):
+        raise ValueError(
+            f"key_bias is {key_bias.dtype} {tuple(key_bias.shape)} on {key_bias.device}; "
+            f"allowed: float32 [B, Sk] or [1, Sk] on {q.device}"
+        )
     if not threshold <= 0:
         raise ValueError(f"threshold is {threshold}; allowed: a number <= 0")
     if tile_q <= 0 or tile_k <= 0:
         raise ValueError(f"tile is {tile_q} x {tile_k}; allowed: positive sizes")
+    descending = any(statically_known_true(b < a) for a, b in itertools.pairwise((0, *protected)))
+    if len(protected) % 2 or len(protected) > 2 * MAX_PROTECTED or descending:
+        raise ValueError(
+            f"protected is {list(protected)}; allowed: start and end of up to {MAX_PROTECTED} ranges, "
+            "sorted, not overlapping, from 0 on"
+        )
 
 
 @torch.library.register_fake("lite_compile::attend", lib=_library)
 def _attend_fake(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
-    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False,
+    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k)
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     return allocate_outputs(q, v, heads_last, return_lse)
 
 
 @torch.library.impl(_library, "attend", "CPU")
 def _attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
-    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False,
+    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_cpu import attend_cpu
 
-    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k)
+    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
-    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
+    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse
 
 
 @torch.library.impl(_library, "attend", "CUDA")
 def _attend_cuda(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
-    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False,
+    tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
+    protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     from .kernels.attend_triton import attend_triton
 
-    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k)
+    tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
-    attend_triton(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None)
+    attend_triton(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse
 
 
@@ -141,28 +165,42 @@ def first_tile(q_tile: Index, q_len: int, k_len: int, tile: TileShape) -> Index:
     return (q_tile * tile.q * k_len // q_len) // tile.k
 
 
+def touched_tiles(tiles: int, size: int, protected: Sequence[int]) -> Tensor:
+    """bool `[tiles]`: which tiles of `size` positions hold a position of the ranges `protected`."""
+    start = torch.arange(tiles)[:, None] * size
+    ranges = torch.tensor(protected, dtype=torch.int64).view(-1, 2)
+    return (torch.maximum(start, ranges[:, 0]) < torch.minimum(start + size, ranges[:, 1])).any(1)
+
+
 def attend_reference(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
+    key_bias: Tensor | None = None, protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `attend` computes, written to be read: one tile of queries after another, in the dtype of `q`.
 
     Args:
-        q: `[B, H, Sq, D]`; k, v: `[B, H, Sk, D]`.
+        q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`, where `Hkv` divides `H`: head `h` of q uses head `h // (H // Hkv)`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
         now: int32 `[NOW_WORDS]`: epoch (one per generation and guidance stream), step, slot of the stream, generation.
             A slot that `state` does not have (-1) means that none may be used: everything is computed and nothing is
             recorded.
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` never marks.
+        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
         tile: tile size the state was made for.
+        key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores of all heads and rows: 0 keeps a key, -inf
+            removes it.
+        protected: `start, end` of up to `MAX_PROTECTED` ranges of positions, which count for queries and for keys:
+            sorted, half-open, not overlapping. Key tiles that touch one are always computed, for query tiles that touch
+            one all key tiles are.
 
     Returns:
         `(out, lse)`: `[B, H, Sq, D]` and the natural-log sum of exponentials `[B, H, Sq]`. Rows with no key to attend
         to (all skipped, or all scores -inf) are 0 and -inf.
 
     A tile is marked when the maximum of each of its rows is at least `-threshold` below the running maximum which the
-    row held before this tile (LiteAttention, arXiv 2511.11062: QK-skip). Marked tiles are skipped from the next call of
-    the same stream and generation on. Where scores are NaN, a kernel may mark fewer tiles than are marked here.
+    row held before this tile (LiteAttention, arXiv 2511.11062: QK-skip); never while the row has met nothing but -inf.
+    Marked tiles are skipped from the next call of the same stream and generation on. Where scores are NaN, a kernel may
+    mark fewer tiles than are marked here.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
@@ -170,6 +208,10 @@ def attend_reference(
     layout = row_layout(k_tiles)
     groups = torch.arange(k_tiles) // layout.anchor_group
     epoch, slot = int(now[NOW_EPOCH]), int(now[NOW_SLOT])
+    heads_per_kv = heads // k.shape[1]
+    bias = k.new_zeros(batch, k_len) if key_bias is None else key_bias.to(k.dtype).expand(batch, k_len)
+    q_protected = touched_tiles(tile_count(q_len, tile.q), tile.q, protected)
+    k_protected = touched_tiles(k_tiles, tile.k, protected)
     out, lse = torch.empty_like(q), q.new_empty(q.shape[:3])
     for b in range(batch):
         for h in range(heads):
@@ -177,10 +219,10 @@ def attend_reference(
                 rows = slice(i * tile.q, min((i + 1) * tile.q, q_len))
                 skipped, anchors = torch.zeros(2, k_tiles, dtype=torch.bool)
                 row = state[slot, b, h, i] if 0 <= slot < state.shape[0] else None
-                if row is not None and int(row[EPOCH_WORD]) == epoch:
+                if row is not None and int(row[EPOCH_WORD]) == epoch and not q_protected[i]:
                     anchor_bits = unpack_bits(row[layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
                     anchors = anchor_bits[groups]
-                    skipped = unpack_bits(row[layout.mask_start :], k_tiles)
+                    skipped = unpack_bits(row[layout.mask_start :], k_tiles) & ~k_protected
                 order = visit_order(k_tiles, first_tile(i, q_len, k_len, tile), anchors, skipped)
 
                 running = q.new_full((rows.stop - rows.start,), -torch.inf)
@@ -189,9 +231,9 @@ def attend_reference(
                 scores: list[tuple[slice, Tensor]] = []
                 for t in order.tolist():
                     keys = slice(t * tile.k, min((t + 1) * tile.k, k_len))
-                    s = (q[b, h, rows] @ k[b, h, keys].T) * (scale * LOG2_E)
+                    s = (q[b, h, rows] @ k[b, h // heads_per_kv, keys].T * scale + bias[b, keys]) * LOG2_E
                     tile_max = s.amax(dim=1)
-                    marked[t] = bool(scores) and bool((tile_max <= running + threshold).all())  # never the first one
+                    marked[t] = bool((tile_max - running <= threshold).all())
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = torch.maximum(running, tile_max)
                     scores.append((keys, s))
@@ -200,7 +242,7 @@ def attend_reference(
                 for keys, s in scores:
                     weights = torch.exp2(s - shift[:, None])
                     total += weights.sum(1)
-                    weighted += weights @ v[b, h, keys]
+                    weighted += weights @ v[b, h // heads_per_kv, keys]
                 out[b, h, rows] = weighted / torch.where(total == 0, 1.0, total)[:, None]
                 lse[b, h, rows] = (running + torch.log2(total)) / LOG2_E
 
@@ -210,5 +252,6 @@ def attend_reference(
                     row[EPOCH_WORD] = epoch
                     row[COMPUTED_WORD] = order.numel()
                     row[layout.anchor_start : layout.mask_start] = pack_bits(raised, layout.anchor_words)
+                    marked &= ~(k_protected | q_protected[i])
                     row[layout.mask_start :] = pack_bits(marked, layout.mask_words)
     return out, lse

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable
 from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from lite_compile.ops import attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(64, 32)
@@ -38,6 +41,54 @@ def test_opcheck(dtype: torch.dtype, heads_last: bool, return_lse: bool) -> None
     )
 
 
+@pytest.mark.parametrize("bias_batch", [1, 2])
+@pytest.mark.parametrize("protected", [(), (0, 8, 60, 100)], ids=str)
+def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int, ...]) -> None:
+    q, k, v, state, now = arguments()
+    torch.library.opcheck(
+        torch.ops.lite_compile.attend.default,
+        (q, k[:, :1], v[:, :1], state, now, 0.25, -1.0, TILE.q, TILE.k),
+        {"key_bias": torch.randn(bias_batch, 100), "protected": protected},
+        test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
+    )
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("bias_batch", [0, 1, 2])
+def test_reference_is_dense_attention_where_nothing_is_skipped(kv_heads: int, bias_batch: int) -> None:
+    torch.manual_seed(0)
+    q = torch.randn(2, 4, 70, 16, dtype=torch.float64)
+    k, v = (torch.randn(2, kv_heads, 90, 16, dtype=torch.float64) for _ in range(2))
+    bias = None
+    if bias_batch:
+        bias = torch.randn(bias_batch, 90)
+        bias[-1, 7:40] = -math.inf
+    state = torch.zeros(state_shape(1, 2, 4, 70, 90, TILE), dtype=torch.int32)
+    now = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
+    out, lse = attend_reference(q, k, v, state, now, 0.3, -4.0, TILE, bias)
+    mask = None if bias is None else bias.double()[:, None, None]
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
+    torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
+    scores = q @ k.repeat_interleave(4 // kv_heads, 1).mT * 0.3 + (0 if mask is None else mask)
+    torch.testing.assert_close(lse, scores.logsumexp(-1), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("protected", "expected"),
+    [
+        ((), [0, 0, 0, 0]),
+        ((0, 1), [1, 0, 0, 0]),
+        ((31, 33), [1, 1, 0, 0]),
+        ((32, 64), [0, 1, 0, 0]),
+        ((40, 40), [0, 0, 0, 0]),
+        ((0, 2, 96, 400), [1, 0, 0, 1]),
+    ],
+    ids=str,
+)
+def test_tiles_that_touch_a_range(protected: tuple[int, ...], expected: list[int]) -> None:
+    assert touched_tiles(4, 32, protected).tolist() == list(map(bool, expected))
+
+
 def test_layout_of_the_output() -> None:
     q, k, v, state, now = arguments()
     for heads_last in (True, False):
@@ -56,9 +107,12 @@ def test_lse_is_the_log_of_the_sum_of_exponentials() -> None:
 
 def test_gradients_are_refused() -> None:
     q, k, v, state, now = arguments()
-    q.requires_grad_()
-    with pytest.raises(RuntimeError, match="no backward"):
-        torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k)
+    bias = torch.zeros(1, 100)
+    for x in (q, bias):
+        x.requires_grad_()
+        with pytest.raises(RuntimeError, match="no backward"):
+            torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, key_bias=bias)
+        x.requires_grad_(False)
     assert not state.any()
 
 
@@ -67,6 +121,7 @@ def test_gradients_are_refused() -> None:
     [
         ("q", lambda q: q[0]),
         ("k", lambda k: k[:, :2]),
+        ("q", lambda q: q[:, :2]),
         ("k", lambda k: k[..., :8]),
         ("v", lambda v: v[:, :, :50]),
         ("v", lambda v: v.half()),
@@ -99,6 +154,26 @@ def test_wrong_numbers_raise(threshold: float, tile: tuple[int, int], named: str
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with context, pytest.raises(ValueError, match=rf"{named} is .*allowed"):
             torch.ops.lite_compile.attend(*arguments(), 0.25, threshold, *tile)
+
+
+@pytest.mark.parametrize("protected", [(3,), (-1, 4), (8, 4), (0, 8, 7, 9), (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)], ids=str)
+def test_wrong_ranges_raise(protected: tuple[int, ...]) -> None:
+    for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with context, pytest.raises(ValueError, match=r"protected is .*allowed"):
+            torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, protected=protected)
+
+
+@pytest.mark.parametrize("bias", [torch.zeros(2, 100).double(), torch.zeros(2, 1, 1, 100)], ids=["dtype", "rank"])
+def test_wrong_kinds_of_bias_raise(bias: Tensor) -> None:
+    for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
+        with context, pytest.raises(ValueError, match=r"key_bias is .*allowed"):
+            torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, key_bias=bias)
+
+
+@pytest.mark.parametrize("shape", [(3, 100), (2, 70), (0, 100)], ids=str)
+def test_wrong_shapes_of_bias_raise(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"key_bias is .*allowed"):
+        torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, key_bias=torch.zeros(shape))
 
 
 def test_wrong_kinds_raise_while_tracing() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from contextlib import nullcontext
 
 import pytest
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from lite_compile.kernels.attend_triton import triton_tile
-from lite_compile.ops import attend_reference
+from lite_compile.ops import attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -55,12 +56,15 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False
-) -> tuple[Tensor, Tensor]:
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False,
+    key_bias: Tensor | None = None, protected: Sequence[int] = (),
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     tile = triton_tile(torch.cuda.get_device_capability(), q.dtype, q.shape[-1])
     now = torch.tensor([7, 0, slot, 1], dtype=torch.int32, device="cuda")
     torch.empty_like(q).fill_(float("nan"))  # poison what the allocator may hand out as the output
-    return torch.ops.lite_compile.attend(q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse)
+    return torch.ops.lite_compile.attend(
+        q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse, key_bias, protected
+    )
 
 
 def new_state(q: Tensor, k: Tensor) -> tuple[Tensor, TileShape]:
@@ -109,6 +113,94 @@ def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype)
         expected.copy_(state.cpu())  # go on from one state, so that differences do not add up
     assert ours.float().mean() > 0.2
     assert not state[0].any()
+
+
+def padding(kind: str, batch: int, k_len: int) -> Tensor:
+    """float32 `[batch, k_len]`: the last third of the last batch entry is padding."""
+    bias = torch.zeros(batch, k_len, device="cuda")
+    bias[:, 3:9] = -1.5
+    values = {"infinite": -torch.inf, "lowest": torch.finfo(torch.float32).min, "finite": -1e4}
+    bias[-1, 2 * k_len // 3 :] = values[kind]
+    return bias
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", ["infinite", "lowest", "finite"])
+@pytest.mark.parametrize("shape", [(2, 4, 512, 512, 64), (2, 4, 515, 1001, 128), (1, 4, 300, 300, 256)], ids=str)
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
+    shape: tuple[int, ...], kv_heads: int, kind: str, dtype: torch.dtype
+) -> None:
+    q, k, v = make(shape, dtype)
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
+    bias, scale = padding(kind, shape[0], shape[3]), shape[4] ** -0.5
+    mask = bias[:, None, None]
+    repeated = [x.repeat_interleave(4 // kv_heads, 1) for x in (k, v)]
+    scores = q.double() @ repeated[0].double().mT * scale + mask.double()
+    expected = scores.softmax(-1) @ repeated[1].double()
+    with sdpa_kernel(SDPBackend.MATH):
+        low = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask.to(dtype), scale=scale)
+    dense = (low.double() - expected).norm()
+    state, _ = new_state(q, k)
+    out, lse = attend(q, k, v, state, 1, -1000.0, scale, lse=True, key_bias=bias)
+    assert (out.double() - expected).norm() <= 2 * dense + 1e-6 * expected.norm()
+    assert (lse.double() - scores.logsumexp(-1)).abs().max() < (1e-4 if dtype == torch.float32 else 2e-3)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kind", ["infinite", "lowest", "finite"])
+@pytest.mark.parametrize("shape", [(2, 2, 1024, 1024, 64), (2, 2, 1100, 1100, 128)], ids=str)
+def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype
+) -> None:
+    q, k, v = make(shape, dtype, sharpness=4.0)
+    k, v = k[:, :1], v[:, :1]
+    scale, threshold, protected = shape[4] ** -0.5, -8.0, (0, 77, 600, 601)
+    bias = padding(kind, 2, shape[3])
+    state, tile = new_state(q, k)
+    expected = state.cpu()
+    now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
+    doubles = [x.double().cpu() for x in (q, k, v)]
+    k_tiles = tile_count(shape[3], tile.k)
+    start = row_layout(k_tiles).mask_start
+    for _ in range(3):
+        out, _ = attend(q, k, v, state, 1, threshold, scale, key_bias=bias, protected=protected)
+        reference, _ = attend_reference(*doubles, expected, now, scale, threshold, tile, bias.cpu(), protected)
+        assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
+        ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
+        assert (ours != theirs).sum() <= 0.01 * ours.numel()
+        expected.copy_(state.cpu())  # go on from one state, so that differences do not add up
+    assert ours.float().mean() > 0.2
+    assert not ours[:, :, touched_tiles(ours.shape[2], tile.q, protected)].any()
+    assert not ours[..., touched_tiles(k_tiles, tile.k, protected)].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_batch_entry_without_keys_is_zero(dtype: torch.dtype) -> None:
+    q, k, v = make((2, 2, 300, 300, 64), dtype)
+    bias = torch.zeros(2, 300, device="cuda")
+    bias[1] = -torch.inf
+    state, _ = new_state(q, k)
+    for _ in range(3):
+        out, lse = attend(q, k, v, state, 0, -8.0, 0.125, lse=True, key_bias=bias)
+    assert not out[1].any()
+    assert (lse[1] == -torch.inf).all()
+    assert out[0].isfinite().all()
+    assert lse[0].isfinite().all()
+
+
+def test_protected_tiles_are_computed_though_the_state_marks_everything() -> None:
+    q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16)
+    state, tile = new_state(q, k)
+    state[0, ..., 0] = 7
+    state[0, ..., row_layout(tile_count(1024, tile.k)).mask_start :] = -1
+    protected = (0, 1, 500, 510)
+    out, _ = attend(q, k, v, state, 0, -8.0, 0.125, protected=protected)
+    keys = touched_tiles(tile_count(1024, tile.k), tile.k, protected).repeat_interleave(tile.k)[:1024].cuda()
+    rows = touched_tiles(tile_count(1024, tile.q), tile.q, protected).repeat_interleave(tile.q)[:1024].cuda()
+    mask = rows[:, None] | keys
+    expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.125)
+    assert (out - expected).norm() < 2e-2 * expected.norm()
 
 
 def test_oracle_detection() -> None:

@@ -7,7 +7,7 @@ dtype, thresholds lie between two possible scores, and so the states must agree 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_compile.kernels.attend_cpu import CPU_TILE, attend_cpu
-from lite_compile.ops import LOG2_E, attend_reference
+from lite_compile.ops import LOG2_E, attend_reference, touched_tiles
 from lite_compile.skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -86,20 +86,23 @@ def threshold_between(scores: int, scale: float) -> float:
 
 def call(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
-    poison: Callable[[Tensor], Tensor] = heads_last,
+    poison: Callable[[Tensor], Tensor] = heads_last, key_bias: Tensor | None = None, protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = poison(torch.full((*q.shape[:3], v.shape[-1]), math.nan, dtype=q.dtype))
     lse = torch.full(q.shape[:3], math.nan)
-    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse)
+    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse, key_bias, protected)
     return out, lse
 
 
 def sdpa_error(
     q: Tensor, k: Tensor, v: Tensor, scale: float, expected: Tensor, skipped: Tensor, tile: TileShape,
+    key_bias: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """What torch SDPA in the dtype of `q` loses on the tiles kept by `skipped` (bool `[B, H, q_tiles, k_tiles]`)."""
-    keep = ~skipped.repeat_interleave(tile.q, 2).repeat_interleave(tile.k, 3)[:, :, : q.shape[2], : k.shape[2]]
-    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=keep, scale=scale)
+    mask = ~skipped.repeat_interleave(tile.q, 2).repeat_interleave(tile.k, 3)[:, :, : q.shape[2], : k.shape[2]]
+    if key_bias is not None:
+        mask = torch.where(mask, key_bias[:, None, None], -math.inf).to(q.dtype)
+    out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
     return out.double() - expected
 
 
@@ -112,19 +115,20 @@ def assert_close(out: Tensor, expected: Tensor, sdpa_lost: Tensor) -> None:
 
 
 def follow_reference(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, threshold: float, tile: TileShape, calls: int = 3
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, scale: float, threshold: float, tile: TileShape, calls: int = 3,
+    key_bias: Tensor | None = None, protected: Sequence[int] = (),
+) -> Tensor:  # fmt: skip
     """Run `calls` calls beside the float64 reference; returns the final state after checking every one of them."""
     state, now = fresh_state(q, k, tile), now_at()
     reference_state = state.clone()
     for _ in range(calls):
         skipped = skipped_bits(state, k.shape[2], tile)[0]
-        out, lse = call(q, k, v, state, now, scale, threshold, tile)
+        out, lse = call(q, k, v, state, now, scale, threshold, tile, key_bias=key_bias, protected=protected)
         expected, expected_lse = attend_reference(
-            q.double(), k.double(), v.double(), reference_state, now, scale, threshold, tile
+            q.double(), k.double(), v.double(), reference_state, now, scale, threshold, tile, key_bias, protected
         )
         assert torch.equal(state, reference_state)
-        assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile))
+        assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile, key_bias))
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=1e-5)
     return state
 
@@ -290,6 +294,115 @@ def test_a_slot_that_the_state_lacks_uses_none(slot: int) -> None:
     assert torch.equal(state, before)
 
 
+def padding_bias(kind: str, batch: int, k_len: int) -> Tensor:
+    """float32 `[batch, k_len]`; integers apart from what removes keys, so that scores stay exact."""
+    generator = torch.Generator().manual_seed(5)
+    bias = torch.randint(-3, 4, (batch, k_len), generator=generator).float()
+    if kind == "ragged":
+        bias[-1, k_len // 4 :] = -math.inf
+    elif kind == "whole tiles":
+        bias[:, k_len // 4 : k_len // 2] = -math.inf
+    elif kind == "left":
+        bias[:, : k_len // 2] = -math.inf
+    elif kind == "finite":
+        bias[:, k_len // 4 :] = -10000
+    elif kind == "lowest":
+        bias[:, k_len // 4 :] = torch.finfo(torch.float32).min
+    return bias
+
+
+BIASES = ["small", "ragged", "whole tiles", "left", "finite", "lowest"]
+
+
+@pytest.mark.parametrize("kind", BIASES)
+@pytest.mark.parametrize(("batch", "bias_batch"), [(1, 1), (2, 1), (2, 2)])
+def test_key_bias_follows_the_reference(kind: str, batch: int, bias_batch: int) -> None:
+    q, k, v = clustered(batch, 2, 100, 150, 16)
+    bias = padding_bias(kind, bias_batch, 150)
+    state = follow_reference(q, k, v, 0.25, threshold_between(10, 0.25), SMALL, key_bias=bias)
+    marked = skipped_bits(state, 150, SMALL)[0]
+    assert marked.any()
+    if kind != "small":
+        assert marked[-1, ..., 3].all()  # keys 48 to 63 are removed from the last batch entry, or nearly
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_decision_is_about_biased_scores(dtype: torch.dtype) -> None:
+    """Equal scores, and a bias that alone makes one tile negligible."""
+    q, k, v = (torch.ones(1, 1, length, 16, dtype=dtype) for length in (32, 64, 64))
+    state, bias = fresh_state(q, k, SMALL), torch.zeros(1, 64)
+    bias[0, 16:32] = -8.0
+    call(q, k, v, state, now_at(), 0.25, -8.0 * LOG2_E + 0.01, SMALL, key_bias=bias)
+    assert skipped_bits(state, 64, SMALL).flatten().tolist() == [False, True, False, False]
+    state.zero_()
+    call(q, k, v, state, now_at(), 0.25, -8.0 * LOG2_E - 0.01, SMALL, key_bias=bias)
+    assert not skipped_bits(state, 64, SMALL).any()
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_a_batch_entry_without_keys(lowest: float) -> None:
+    """Minus infinity leaves nothing to attend to; what is finite leaves the mean of all, at every call."""
+    q, k, v = clustered(2, 2, 60, 90, 16)
+    bias = torch.zeros(2, 90)
+    bias[1] = lowest
+    state = fresh_state(q, k, SMALL)
+    for _ in range(3):
+        out, lse = call(q, k, v, state, now_at(), 0.25, -4.0, SMALL, key_bias=bias)
+    if lowest == -math.inf:
+        assert not out[1].any()
+        assert (lse[1] == -math.inf).all()
+    else:
+        scores = q[1] @ k[1].mT * 0.25 + lowest  # float32 rounds the scores away
+        torch.testing.assert_close(out[1], scores.softmax(-1) @ v[1])
+    assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_query_heads_share_key_heads(kv_heads: int, dtype: torch.dtype) -> None:
+    q, _, _ = clustered(2, 4, 100, 150, 16)
+    _, k, v = clustered(2, kv_heads, 100, 150, 16)
+    q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
+    state = follow_reference(q, k, v, 0.25, threshold_between(10, 0.25), SMALL)
+    repeated = [x.repeat_interleave(4 // kv_heads, 1) for x in (k, v)]
+    assert torch.equal(state, follow_reference(q, *repeated, 0.25, threshold_between(10, 0.25), SMALL))
+    assert skipped_bits(state, 150, SMALL).any()
+
+
+@pytest.mark.parametrize("protected", [(0, 20), (130, 150), (5, 6, 40, 70), (0, 1, 32, 33, 70, 70, 140, 9999)], ids=str)
+def test_protected_tiles_are_never_marked(protected: tuple[int, ...]) -> None:
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    threshold = threshold_between(10, 0.25)
+    state = follow_reference(q, k, v, 0.25, threshold, SMALL, protected=protected)
+    rows, keys = touched_tiles(5, SMALL.q, protected), touched_tiles(10, SMALL.k, protected)
+    marked = skipped_bits(state, 150, SMALL)[0]
+    assert not marked[:, :, rows].any()
+    assert not marked[..., keys].any()
+    assert marked.any()
+    elsewhere = skipped_bits(follow_reference(q, k, v, 0.25, threshold, SMALL), 150, SMALL)[0]
+    assert elsewhere[:, :, rows].any()
+    assert elsewhere[..., keys].any()
+
+
+def test_protected_tiles_are_computed_though_the_state_marks_everything() -> None:
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    state, layout, protected = fresh_state(q, k, SMALL), row_layout(10), (40, 50)
+    state[..., EPOCH_WORD] = 1
+    state[..., layout.mask_start :] = pack_bits(torch.ones(10, dtype=torch.bool), layout.mask_words)
+    expected_state = state.clone()
+    out, _ = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL, protected=protected)
+    exact = [x.double() for x in (q, k, v)]
+    attend_reference(*exact, expected_state, now_at(), 0.25, -8.0, SMALL, None, protected)
+    assert torch.equal(state, expected_state)
+    keys = slice(32, 64)  # the tiles of 16 keys that hold 40 to 49
+    few = torch.softmax(q @ k[:, :, keys].mT * 0.25, -1) @ v[:, :, keys]
+    dense = torch.softmax(q @ k.mT * 0.25, -1) @ v
+    rows = slice(32, 64)
+    torch.testing.assert_close(out[:, :, rows], dense[:, :, rows], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[:, :, :32], few[:, :, :32], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out[:, :, 64:], few[:, :, 64:], rtol=1e-5, atol=1e-5)
+
+
 def test_lse_is_optional_and_runs_repeat_bit_for_bit() -> None:
     q, k, v = (x.bfloat16() for x in clustered(1, 2, 256, 256, 64))
     tile = CPU_TILE
@@ -383,19 +496,23 @@ def test_finds_what_an_oracle_finds(layout: str) -> None:
 
 @settings(max_examples=30, deadline=None, derandomize=True)
 @given(
-    batch=st.integers(1, 2), heads=st.integers(1, 3), q_len=st.integers(1, 150), k_len=st.integers(1, 150),
-    dim=st.sampled_from([8, 16, 40, 64]), dtype=st.sampled_from([*DTYPES, torch.float64]),
+    batch=st.integers(1, 2), kv_heads=st.integers(1, 2), heads_per_kv=st.integers(1, 2), q_len=st.integers(1, 150),
+    k_len=st.integers(1, 150), dim=st.sampled_from([8, 16, 40, 64]), dtype=st.sampled_from([*DTYPES, torch.float64]),
     tile=st.sampled_from([TileShape(16, 16), SMALL, TileShape(64, 64), TileShape(128, 64)]),
     strided=st.tuples(st.booleans(), st.booleans()), scale=st.sampled_from([-0.5, -0.125, 0.0, 0.125, 0.25, 1.0]),
-    seed=st.integers(0, 9),
+    bias=st.sampled_from([None, *BIASES]), protected=st.lists(st.integers(0, 160), max_size=8), seed=st.integers(0, 9),
 )  # fmt: skip
 def test_any_shape_dtype_stride_and_scale(
-    batch: int, heads: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
-    strided: tuple[bool, bool], scale: float, seed: int,
+    batch: int, kv_heads: int, heads_per_kv: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
+    strided: tuple[bool, bool], scale: float, bias: str | None, protected: list[int], seed: int,
 ) -> None:  # fmt: skip
-    q, k, v = (x.to(dtype) for x in clustered(batch, heads, q_len, k_len, dim, seed))
+    q, k, v = (x.to(dtype) for x in clustered(batch, kv_heads * heads_per_kv, q_len, k_len, dim, seed))
+    k, v = k[:, :kv_heads], v[:, :kv_heads]
     if strided[0]:
         q, k = heads_last(q), heads_last(k)
     if strided[1]:
         v = v.mT.contiguous().mT
-    follow_reference(q, k, v, scale, threshold_between(dim // 2, scale), tile, calls=2)
+    key_bias = None if bias is None else padding_bias(bias, batch, k_len)
+    ranges = sorted(protected[: len(protected) // 2 * 2])
+    threshold = threshold_between(dim // 2, scale)
+    follow_reference(q, k, v, scale, threshold, tile, calls=2, key_bias=key_bias, protected=ranges)

@@ -31,16 +31,20 @@ class Build(NamedTuple):
     shared_bytes: int
 
 
-def compile_offline(arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False) -> Build:
+def compile_offline(
+    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False
+) -> Build:
     """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
     kernel = attend_triton._attend_kernel
     config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
-        "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_LSE": True,
+        "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
     }  # fmt: skip
+    if not has_bias:
+        constants["key_bias"] = None
     types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
-    types |= {"lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
+    types |= {"key_bias": "*fp32", "lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
     types |= dict.fromkeys(("qk_scale", "threshold"), "fp32") | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or "_stride_" in name]
@@ -67,11 +71,13 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     [(arch, BF16, head_dim) for arch in (80, 89, 90, 100) for head_dim in (64, 128)]
     + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
 )
-def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int) -> None:
-    build = compile_offline(arch, dtype, head_dim)
+@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
+def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
+    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias)
     print(
-        f"sm_{arch} {dtype} D={head_dim}: {build.registers} registers, {build.spilled_bytes} bytes spilled, "
-        f"{build.shared_bytes / 1024:.0f} KB shared, {build.ptx.count('cp.async.cg')} cp.async"
+        f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {build.registers} registers, "
+        f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
+        f"{build.ptx.count('cp.async.cg')} cp.async"
     )
     assert build.shared_bytes <= SHARED_KB[arch] * 1024
     assert MATRIX_INSTRUCTION.search(build.ptx)

@@ -7,7 +7,7 @@ is imported. bfloat16 is left out, since the interpreter's `tl.dot` is wrong for
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import pytest
 import torch
@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_compile.kernels.attend_triton import attend_triton
-from lite_compile.ops import LOG2_E, attend_reference
+from lite_compile.ops import LOG2_E, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(32, 16)
@@ -46,23 +46,33 @@ def make_qkv(
 class Pair:
     """The kernel and the float64 reference, each with a state of its own."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, streams: int = 1, tile: TileShape = TILE) -> None:
+    def __init__(
+        self, q: Tensor, k: Tensor, v: Tensor, streams: int = 1, tile: TileShape = TILE,
+        key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.tile = q, k, v, tile
+        self.key_bias, self.protected = key_bias, protected
         shape = state_shape(streams, q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
         self.state = torch.zeros(shape, dtype=torch.int32)
         self.expected_state = self.state.clone()
 
     def call(self, now: Tensor, threshold: float = THRESHOLD, scale: float | None = None) -> tuple[Tensor, Tensor]:
         """Run both, compare all they return and record; the kernel's `(out, lse)`."""
-        q, k, v = self.q, self.k, self.v
+        q, k, v, bias, protected = self.q, self.k, self.v, self.key_bias, self.protected
         scale = q.shape[-1] ** -0.5 if scale is None else scale
         out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
         lse = torch.full(q.shape[:3], math.nan)
-        attend_triton(q, k, v, self.state, now, scale, threshold, self.tile, out, lse)
+        attend_triton(q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected)
         exact = [x.double() for x in (q, k, v)]
-        expected, expected_lse = attend_reference(*exact, self.expected_state, now, scale, threshold, self.tile)
-        low = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale).double()
-        dense = torch.nn.functional.scaled_dot_product_attention(*exact, scale=scale)
+        expected, expected_lse = attend_reference(
+            *exact, self.expected_state, now, scale, threshold, self.tile, bias, protected
+        )
+        low, dense = (
+            torch.nn.functional.scaled_dot_product_attention(
+                *tensors, None if bias is None else bias[:, None, None].to(tensors[0]), scale=scale, enable_gqa=True
+            ).double()
+            for tensors in ((q, k, v), exact)
+        )
         bound = 2 * (low - dense).abs().max() + 1e-6
         assert (out.double() - expected).abs().max() <= bound
         torch.testing.assert_close(lse.double(), expected_lse, rtol=1e-5, atol=2e-5)
@@ -211,18 +221,101 @@ def test_a_slot_that_the_state_lacks_uses_none(slot: int) -> None:
     assert torch.equal(pair.state, before)
 
 
+def padding_bias(kind: str, batch: int, k_len: int) -> Tensor:
+    """float32 `[batch, k_len]`; only the last batch entry is padded."""
+    bias = torch.zeros(batch, k_len)
+    bias[-1, k_len // 3 :] = {"infinite": -math.inf, "lowest": torch.finfo(torch.float32).min, "finite": -10000}[kind]
+    return bias
+
+
+@pytest.mark.parametrize("kind", ["infinite", "lowest", "finite"])
+@pytest.mark.parametrize("k_len", [96, 150])
+def test_key_bias_follows_the_reference(kind: str, k_len: int) -> None:
+    pair = Pair(*make_qkv(2, 2, 70, k_len, 32), key_bias=padding_bias(kind, 2, k_len))
+    run(pair, [make_now()] * 3)
+    assert pair.marks()[1, ..., k_len // 2 // TILE.k :].all()
+
+
+def test_key_bias_may_be_shared_and_strided() -> None:
+    bias = torch.randn(150, 1, generator=torch.Generator().manual_seed(0)).expand(150, 3)[:, :1].T
+    run(Pair(*make_qkv(2, 1, 70, 150, 32), key_bias=bias), [make_now()] * 2)
+
+
+def test_the_decision_is_about_biased_scores() -> None:
+    q, k, v = (torch.ones(1, 1, length, 16) for length in (32, 64, 64))
+    bias = torch.zeros(1, 64)
+    bias[0, 16:32] = -8.0
+    for below, expected in ((7.9, [False, True, False, False]), (8.1, [False] * 4)):
+        pair = Pair(q, k, v, key_bias=bias)
+        pair.call(make_now(), threshold=-below * LOG2_E)
+        assert pair.marks().flatten().tolist() == expected
+
+
+@pytest.mark.parametrize("lowest", [-math.inf, torch.finfo(torch.float32).min, -1e9])
+def test_a_batch_entry_without_keys(lowest: float) -> None:
+    """Minus infinity leaves nothing to attend to; what is finite leaves the mean of all, at every call."""
+    q, k, v = make_qkv(2, 1, 40, 50, 16)
+    bias = torch.zeros(2, 50)
+    bias[1] = lowest
+    state = torch.zeros(state_shape(1, 2, 1, 40, 50, TILE), dtype=torch.int32)
+    out, lse = torch.empty_like(q), torch.empty(2, 1, 40)
+    for _ in range(3):
+        attend_triton(q, k, v, state, make_now(), 0.25, -4.0, TILE, out, lse, bias)
+    if lowest == -math.inf:
+        assert not out[1].any()
+        assert (lse[1] == -math.inf).all()
+    else:
+        torch.testing.assert_close(out[1], v[1].mean(1, keepdim=True).expand_as(out[1]))
+    assert out[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2])
+def test_query_heads_share_key_heads(kv_heads: int) -> None:
+    q, k, v = make_qkv(2, 4, 70, 96, 16)
+    pair = Pair(q, k[:, :kv_heads], v[:, :kv_heads])
+    run(pair, [make_now()] * 2)
+    assert pair.marks().any()
+
+
+@pytest.mark.parametrize("protected", [(0, 20), (130, 150), (0, 1, 32, 33, 70, 70, 140, 9999)], ids=str)
+def test_protected_tiles_are_never_marked(protected: tuple[int, ...]) -> None:
+    pair = Pair(*make_qkv(1, 1, 150, 150, 32), protected=protected)
+    run(pair, [make_now()] * 3)
+    rows, keys = touched_tiles(5, TILE.q, protected), touched_tiles(10, TILE.k, protected)
+    marks = pair.marks()
+    assert marks.any()
+    assert not marks[:, :, rows].any()
+    assert not marks[..., keys].any()
+
+
+def test_protected_tiles_are_computed_though_the_state_marks_everything() -> None:
+    pair = Pair(*make_qkv(1, 2, 150, 150, 32), protected=(40, 50))
+    for state in (pair.state, pair.expected_state):
+        state[..., 0] = 7
+        state[..., row_layout(10).mask_start :] = 1023
+    out, lse = torch.empty_like(pair.q), torch.empty(1, 2, 150)
+    attend_triton(pair.q, pair.k, pair.v, pair.state, make_now(), 0.2, THRESHOLD, TILE, out, lse, None, (40, 50))
+    exact = [x.double() for x in (pair.q, pair.k, pair.v)]
+    expected, _ = attend_reference(*exact, pair.expected_state, make_now(), 0.2, THRESHOLD, TILE, None, (40, 50))
+    torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5)
+    assert torch.equal(pair.state, pair.expected_state)
+    assert pair.state[0, 0, 0, :, 1].tolist() == [2, 10, 2, 2, 2]
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
-    batch=st.integers(1, 2), heads=st.integers(1, 2), q_len=st.integers(1, 90), k_len=st.integers(1, 90),
-    dim=st.sampled_from([16, 24, 40, 64]), dtype=st.sampled_from([torch.float16, torch.float32]),
+    batch=st.integers(1, 2), kv_heads=st.integers(1, 2), heads_per_kv=st.integers(1, 2), q_len=st.integers(1, 90),
+    k_len=st.integers(1, 90), dim=st.sampled_from([16, 24, 40, 64]),
+    dtype=st.sampled_from([torch.float16, torch.float32]),
     tile=st.sampled_from([TileShape(16, 16), TILE, TileShape(64, 32)]),
     strided=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     scale=st.sampled_from([-0.5, 0.0, 0.125, 0.25, 1.0]), below=st.sampled_from([math.inf, 12, 3, 0]),
+    bias=st.sampled_from([None, "infinite", "lowest", "finite"]), protected=st.lists(st.integers(0, 99), max_size=8),
     seed=st.integers(0, 9),
 )  # fmt: skip
 def test_any_shape_dtype_stride_and_scale(
-    batch: int, heads: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
-    strided: tuple[bool, bool, bool], scale: float, below: float, seed: int,
+    batch: int, kv_heads: int, heads_per_kv: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
+    strided: tuple[bool, bool, bool], scale: float, below: float, bias: str | None, protected: list[int], seed: int,
 ) -> None:  # fmt: skip
     """Small integers and scales that are powers of two: scores are exact, so states agree word for word.
 
@@ -230,11 +323,15 @@ def test_any_shape_dtype_stride_and_scale(
     """
     generator = torch.Generator().manual_seed(seed)
     tensors = []
-    for length, is_strided in zip((q_len, k_len, k_len), strided, strict=True):
+    shapes = ((kv_heads * heads_per_kv, q_len), (kv_heads, k_len), (kv_heads, k_len))
+    for (heads, length), is_strided in zip(shapes, strided, strict=True):
         x = torch.randint(-2, 3, (batch, heads, length, dim), generator=generator).to(dtype)
         tensors.append(x.transpose(1, 2).contiguous().transpose(1, 2) if is_strided else x)
     threshold = -(below + 0.5) * abs(scale) * LOG2_E if scale else -below
-    run(Pair(*tensors, tile=tile), [make_now()] * 2, scale=scale, threshold=threshold)
+    key_bias = None if bias is None else padding_bias(bias, batch, k_len)
+    ranges = sorted(protected[: len(protected) // 2 * 2])
+    pair = Pair(*tensors, tile=tile, key_bias=key_bias, protected=ranges)
+    run(pair, [make_now()] * 2, scale=scale, threshold=threshold)
 
 
 def test_without_lse() -> None:
