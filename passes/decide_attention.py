@@ -15,7 +15,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 from ..decisions import Reason
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from .attention_site import AttentionSite
+from .attention_site import AttentionSite, Protection
 from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
 from .place_output import OutputPlace, place_output
 from .trace_projections import same_source, trace_projections
@@ -38,6 +38,7 @@ class Rewrite:
     """Parameter whose identity is the layer's identity."""
     device: torch.device
     place: OutputPlace
+    protection: Protection
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     ):
         return Decline(site, Reason.CROSS_ATTENTION, "k and v are projected from another input")
 
+    protection = site.protection
+    if not isinstance(protection, Protection) and protection.reason.by_design:
+        return Decline(site, *protection)
     sizes = [*q.shape, *k.shape, *v.shape]
     if not all(map(size_hint, sizes)) or not follow_from_inputs(sizes, site.node.graph):
         return Decline(site, Reason.SIZE)
@@ -120,6 +124,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     assert tokens is not None
     if tokens < options.min_seq_len:
         return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
+    if not isinstance(protection, Protection):
+        return Decline(site, *protection)
     kernel = select_kernel(q.device, q.dtype, dim)
     if isinstance(kernel, str):
         return Decline(site, Reason.DEVICE, kernel)
@@ -138,7 +144,7 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     # What torch took for variable becomes a constant here: another number is compiled anew.
     float(dropout_p)
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
-    return Rewrite(site, scale, kernel, weight, q.device, place)
+    return Rewrite(site, scale, kernel, weight, q.device, place, protection)
 
 
 def _number(value: Any) -> float | torch.SymFloat | None:

@@ -9,6 +9,7 @@ from dataclasses import replace
 from torch import fx
 
 from ..decisions import Reason
+from ..ops import MAX_PROTECTED
 from .attention_site import AttentionSite, Declined, Protection
 from .find_attention import module_path
 from .find_clock_inputs import LATENT_NAMES
@@ -19,7 +20,6 @@ from .planned_nodes import Operand
 from .token_roles import Joint, Lost, Role, Size, Tokens, add, same_tokens
 from .trace_tokens import TokenTrace
 
-MAX_RANGES = 4
 _TEXT_NAME = re.compile(r"encoder_hidden_states|text|txt|prompt|context|caption|cap_feats|llm|t5|clip")
 _NO_TOKENS = re.compile(r"mask|_ids|_len|lens|pooled|rotary|rope|freqs|position")
 _TOKENS_DIM = 2
@@ -83,8 +83,8 @@ def _protection(site: AttentionSite, trace: TokenTrace, predicted: Sequence[Toke
     ranges = _ranges(q, conditions)
     if not ranges:
         return Declined(Reason.JOINT, f"{_describe(q.cat)} joins latents and an input that may be text; {_REMEDY}")
-    if len(ranges) > MAX_RANGES:
-        return Declined(Reason.JOINT, f"it lies in {len(ranges)} places, {MAX_RANGES} are supported; {_REMEDY}")
+    if len(ranges) > MAX_PROTECTED:
+        return Declined(Reason.JOINT, f"it lies in {len(ranges)} places, {MAX_PROTECTED} are supported; {_REMEDY}")
     return Protection(ranges, f"text: {_describe(q.cat)}")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import fx
@@ -58,9 +59,11 @@ def _rewrite(
 
     with graph.inserting_before(site.node):
         operands = emit(graph, (site.q, site.k, site.v), emitted, like=site.origin)
+        protected = emit(graph, [*chain(*rewrite.protection.ranges)], emitted, like=site.origin)
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
+            {"protected": protected} if protected else {},
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, attend)

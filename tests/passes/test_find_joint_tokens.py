@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from graphs import DIM, HEADS, Attention, capture
 from joint_models import JOINT_MODELS
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
 from lite_compile import Reason
 from lite_compile.passes.attention_site import AttentionSite, Declined, Protection
