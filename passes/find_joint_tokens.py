@@ -65,6 +65,9 @@ def _argument(node: fx.Node) -> str:
 
 
 def _protection(site: AttentionSite, trace: TokenTrace, predicted: Sequence[Tokens]) -> Protection | Declined:
+    queries = fake_tensor(site.q)
+    if site.declined is not None or queries is None or queries.dim() != 4:
+        return Protection()
     q, k = trace[site.q], trace[site.k]
     if q is Role.TEXT and k in (Role.TEXT, None):
         return Declined(Reason.TEXT)

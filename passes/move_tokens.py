@@ -67,8 +67,11 @@ def restored_tokens(site: AttentionSite, joint: Joint) -> Tokens:
     def follow(operand: Any) -> Tokens:
         if operand is result:
             return joint
-        tokens = follow(operand.args[0])
-        return moved_tokens(tokens, operand.args[0], operand) if isinstance(tokens, Joint) else tokens
+        source = next((x for x in operand.all_input_nodes if isinstance(x, PlannedNode)), None)
+        if source is None:
+            return Lost(site.node)
+        tokens = follow(source)
+        return moved_tokens(tokens, source, operand) if isinstance(tokens, Joint) else tokens
 
     return follow(site.restore(result))
 
@@ -108,6 +111,8 @@ def _view(joint: Joint, source: Operand, node: Operand) -> Tokens:
 
 
 def _permute(joint: Joint, source: Operand, node: Operand) -> Tokens:
+    if function_name(node) == "getattr" and node.args[1] not in ("T", "mT", "H", "mH"):
+        return keep_tokens(joint, source, node)
     permutation = permutation_of(node)
     return Lost(node) if permutation is None else replace(joint, dim=permutation.index(joint.dim))
 
@@ -151,7 +156,7 @@ class Part(NamedTuple):
 def subscripted(node: Operand, source: Operand, dim: int) -> Part | None:
     """What `source[index]` takes of one dimension; None if those are no neighbours."""
     items = expand_index(node.args[1], fake_tensor(source))
-    if any(fake_tensor(item) is not None for item in items):
+    if gathers(items):
         return None
     place = [place for place, item in enumerate(items) if item is not None][dim]
     bounds = slice_bounds(items[place], size_of(source, dim))
@@ -179,6 +184,11 @@ def expand_index(index: Any, value: torch.Tensor | None) -> list[Any]:
     missing = (0 if value is None else value.dim()) - sum(item is not None and item is not Ellipsis for item in items)
     place = items.index(Ellipsis) if Ellipsis in items else len(items)
     return [*items[:place], *[slice(None)] * missing, *items[place + 1 :]]
+
+
+def gathers(items: Sequence[Any]) -> bool:
+    """Whether an index picks elements by a tensor or a list, in any order."""
+    return any(isinstance(item, list) or fake_tensor(item) is not None for item in items)
 
 
 def slice_bounds(item: Any, total: Size) -> tuple[Size, Size] | None:

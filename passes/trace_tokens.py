@@ -17,6 +17,7 @@ from .move_tokens import (
     argument,
     expand_index,
     function_name,
+    gathers,
     keep_tokens,
     moved_tokens,
     moves_tokens,
@@ -38,7 +39,6 @@ from .token_roles import (
     join,
     same_tokens,
     size_of,
-    subtract,
 )
 from .trace_product import as_product
 from .trace_projections import is_product
@@ -82,10 +82,8 @@ class TokenTrace:
         name = function_name(node)
         if out is None or out.dtype == torch.bool or name in _FRESH:
             return None
-        if name in _CATS:
-            return self._concatenate(node)
-        if name == "stack":
-            return self._stack(node)
+        if name in (*_CATS, "stack") and isinstance(argument(node, 0, "tensors", None), list | tuple):
+            return self._stack(node) if name == "stack" else self._concatenate(node)
         source: Any = node.args[0] if node.args else None
         if name == "getitem" and fake_tensor(source) is None:
             return self._part(node, *node.args)
@@ -172,7 +170,7 @@ class TokenTrace:
         if new is None or isinstance(old, Lost) or shape is None:
             return
         items = expand_index(index, shape)
-        if any(fake_tensor(item) is not None for item in items):
+        if gathers(items):
             self._tokens[target] = new if old in (None, new) and isinstance(new, Role) else Lost(node)
         elif not same_tokens(self[plan(operator.getitem, target, index)], new):
             self._tokens[target] = self._overwritten(node, target, items, new)
@@ -188,10 +186,10 @@ class TokenTrace:
         bounds = slice_bounds(items[dim], total)
         if len(partial) > 1 or bounds is None or segments is None or not isinstance(new, Role):
             return Lost(node)
-        before, after = cut(segments, 0, bounds[0]), cut(segments, bounds[1], total)
-        if before is None or after is None:
-            return Lost(node)
-        return join(dim, [*before, Segment(new, subtract(bounds[1], bounds[0])), *after], node)
+        start, end = bounds
+        pieces = [cut(segments, 0, start), cut([Segment(new, total)], start, end), cut(segments, end, total)]
+        known = [segment for piece in pieces if piece is not None for segment in piece]
+        return join(dim, known, node) if None not in pieces else Lost(node)
 
     def _segments(self, operand: Operand, dim: int) -> Sequence[Segment] | None:
         """The tensor as segments along `dim`; None if its tokens do not lie along it or are unknown."""

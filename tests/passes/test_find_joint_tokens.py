@@ -102,7 +102,8 @@ def complex_rope(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     q, k, v = (linear(joint).unflatten(-1, (HEADS, -1)) for linear in (m.attn.to_q, m.attn.to_k, m.attn.to_v))
     turns = torch.polar(torch.ones(DIM // HEADS // 2), torch.arange(DIM // HEADS // 2.0))
     q, k = (
-        torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turns).flatten(3) for x in (q, k)
+        torch.view_as_real(torch.view_as_complex(x.reshape(*x.shape[:-1], -1, 2)) * turns).flatten(3)
+        for x in (q, k.data)
     )
     return F.scaled_dot_product_attention(*(x.permute(0, 2, 1, 3) for x in (q, k, v)))[:, :, text.shape[1] :]
 
@@ -225,6 +226,19 @@ def test_text_is_found(layout: Layout, dynamic: bool) -> None:
     assert [ranges(site) for site in find(Joint(layout), *example(), dynamic=dynamic)] == LAYOUTS[layout]
 
 
+def overwritten_buffer(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    """What is written last counts, as far as there is room."""
+    joint = torch.cat([text, text, video], 1)
+    joint[:, text.shape[1] : text.shape[1] + 5] = video[:, :5]
+    joint[:, -2:10000] = text[:, :2]
+    return m.attn(joint)
+
+
+def test_what_is_written_over_other_tokens_counts() -> None:
+    (site,) = find(Joint(overwritten_buffer), *example())
+    assert ranges(site) == [(0, TEXT), (TEXT + 5, 2 * TEXT), (2 * TEXT + VIDEO - 2, 2 * TEXT + VIDEO)]
+
+
 @pytest.mark.parametrize("layout", [text_last, many_blocks_later, frames_and_text, unknown_function_before])
 def test_positions_are_symbolic_and_finding_them_adds_no_guard(layout: Layout) -> None:
     gm = capture(Joint(layout), *example(), dynamic=True)
@@ -295,6 +309,10 @@ def shuffled(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(joint[:, torch.arange(joint.shape[1] - 1, -1, -1)])
 
 
+def picked_samples(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(torch.cat([text, video], 1)[[1, 0]])
+
+
 def keys_in_another_order(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     q, k = heads(m.attn.to_q(torch.cat([text, video], 1))), heads(m.attn.to_k(torch.cat([video, text], 1)))
     return F.scaled_dot_product_attention(q, k, k)
@@ -306,7 +324,12 @@ def text_in_five_places(m: Joint, video: Tensor, text: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("layout", "words"),
-    [(shuffled, "getitem"), (keys_in_another_order, "q and k"), (text_in_five_places, "5 places")],
+    [
+        (shuffled, "getitem"),
+        (picked_samples, "getitem"),
+        (keys_in_another_order, "q and k"),
+        (text_in_five_places, "5 places"),
+    ],
     ids=lambda value: getattr(value, "__name__", ""),
 )
 def test_joint_layouts_that_cannot_be_told_are_declined(layout: Layout, words: str) -> None:

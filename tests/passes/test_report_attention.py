@@ -32,7 +32,7 @@ graph 0: 2 of 3 attention sites rewritten; clock: latents from 'hidden_states', 
   ------------------------------------------------------------------------------------------------------------------------------------
   transformer_blocks.0.attn   rewritten  2x2x74x16  2x2x74x16  float32  cpu     64:74 (text: cat in transformer_blocks.0.attn)
   transformer_blocks.0.attn2  dense      2x2x64x16  2x2x64x16  float32  dense                                                   short sequence: 64 tokens, min_seq_len=70
-  transformer_blocks.1.attn   rewritten  2x2x74x16  2x2x74x16  float32  cpu     64:74 (text: cat in transformer_blocks.1.attn)""",
+  transformer_blocks.1.attn   rewritten  2x2x74x16  2x2x74x16  float32  cpu     64:74 (text: cat in transformer_blocks.1.attn)""",  # noqa: E501
     )
     assert [(site.protected, site.protected_by) for site in report.sites] == [
         (((64, 74),), "text: cat in transformer_blocks.0.attn"),
