@@ -145,3 +145,14 @@ def test_a_joint_model_of_any_length_is_compiled_once() -> None:
     (graph,) = lite_compile.report().graphs
     assert all(site.protected for site in graph.sites)
     assert all(isinstance(site.protected[0][1], str) for site in graph.sites)
+
+
+def test_blocks_that_are_compiled_one_by_one_protect_the_same() -> None:
+    torch._dynamo.reset()
+    lite_compile.clear_report()
+    model, call, text = flux()
+    for block in (*model.transformer_blocks, *model.single_transformer_blocks):  # type: ignore[misc, union-attr]
+        block.compile(backend="liteattention", options={"inner": "eager", "min_seq_len": 1})
+    with torch.no_grad():
+        model(**call)
+    assert [list(site.protected) for site in lite_compile.report()] == list(text.values())

@@ -128,6 +128,13 @@ def fused_projection(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(*qkv.unbind(0)).transpose(1, 2).flatten(2)[:, text.shape[1] :]
 
 
+def stacked_projections(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    joint = torch.cat([text, video], 1)
+    qkv = torch.stack([heads(linear(joint)) for linear in (m.attn.to_q, m.attn.to_k, m.attn.to_v)])
+    out = F.scaled_dot_product_attention(*(qkv.select(0, which) for which in range(3)))
+    return out.transpose(1, 2).flatten(2)[:, text.shape[1] :]
+
+
 def written_by_hand(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     joint = torch.cat([text, video], 1)
     q, k, v = (heads(linear(joint)) for linear in (m.attn.to_q, m.attn.to_k, m.attn.to_v))
@@ -190,6 +197,7 @@ LAYOUTS: dict[Layout, list[list[tuple[int, int]]]] = {
     complex_rope: [FIRST],
     many_blocks_later: [FIRST, FIRST],
     fused_projection: [FIRST],
+    stacked_projections: [FIRST],
     written_by_hand: [FIRST],
     einsum_projection: [FIRST],
     multi_head_attention: [FIRST, FIRST],
