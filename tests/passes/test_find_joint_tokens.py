@@ -154,6 +154,16 @@ def multi_head_attention(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(joint)[:, text.shape[1] :]
 
 
+def text_modulated_by_video(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    text = text * video.mean(1, keepdim=True)
+    return m.attn(torch.cat([text, video], 1))[:, text.shape[1] :]
+
+
+def padded_text(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    text = torch.cat([text, video.new_zeros(video.shape[0], 3, DIM)], 1)
+    return m.attn(torch.cat([text, video], 1))[:, text.shape[1] :]
+
+
 def register_tokens(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     registers = m.registers.expand(video.shape[0], -1, -1)
     return m.attn(torch.cat([text, registers, video], 1))[:, text.shape[1] + 4 :]
@@ -201,6 +211,8 @@ LAYOUTS: dict[Layout, list[list[tuple[int, int]]]] = {
     written_by_hand: [FIRST],
     einsum_projection: [FIRST],
     multi_head_attention: [FIRST, FIRST],
+    text_modulated_by_video: [FIRST],
+    padded_text: [[(0, TEXT + 3)]],
     register_tokens: [FIRST],
     frames_and_text: [FIRST],
     filled_buffer: [FIRST],
