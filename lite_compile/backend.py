@@ -19,9 +19,11 @@ from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
 from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
+from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
+from .passes.protect_positions import protect_positions
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -77,6 +79,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     clock, description = find_clock(graph, sites)
     # A block does not know what it is called in the model: there, `layers` waits until it runs.
     known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
+    sites = protect_tokens(graph, sites, clock, settings)
     sites += find_nested_attention(graph)
     decisions = decide_attention(sites, description if clock is None else None, known)
     report = report_attention(decisions, description)
@@ -91,6 +94,15 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, words, settings.names)
     return graph, state, report
+
+
+def protect_tokens(
+    graph: fx.GraphModule, sites: Sequence[AttentionSite], clock: ClockInputs | ClockSource | None, settings: Options
+) -> list[AttentionSite]:
+    """The sites with the tokens whose tiles are always computed: what the option says, or the text that is found."""
+    if settings.protect != "auto":
+        return protect_positions(sites, settings.protect)
+    return find_joint_tokens(graph, sites, clock.latents if isinstance(clock, ClockInputs) else None)
 
 
 def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[ClockInputs | ClockSource | None, str]:

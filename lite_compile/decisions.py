@@ -17,6 +17,7 @@ class Reason(Enum):
 
     EXCLUDED = "excluded by the options"
     CROSS_ATTENTION = "cross-attention"
+    TEXT = "text alone"
     SHORT = "short sequence"
     MASK = "attention mask"
     CAUSAL = "causal"
@@ -33,6 +34,7 @@ class Reason(Enum):
     VARIANT = "another kind of attention"
     SHARED = "scores or weights are used elsewhere"
     LAYOUT = "layout of the output"
+    JOINT = "text among the tokens"
     SUBGRAPH = "inside of a sub-graph"
     NO_IDENTITY = "no parameter identifies the layer"
     NO_CLOCK = "no clock"
@@ -40,7 +42,7 @@ class Reason(Enum):
     @property
     def by_design(self) -> bool:
         """Whether dense is what such attention is meant to be, rather than a gap of ours."""
-        return self in (Reason.EXCLUDED, Reason.CROSS_ATTENTION, Reason.SHORT)
+        return self in (Reason.EXCLUDED, Reason.CROSS_ATTENTION, Reason.TEXT, Reason.SHORT)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,10 @@ class SiteReport:
     dtype: str
     kernel: str
     """Kernel that runs it: `cpu`, `triton`, or `dense` for whatever PyTorch picks."""
+    protected: tuple[tuple[int | str, int | str], ...] = ()
+    """Positions (start, end) whose tiles are always computed: text in joint attention; expressions if symbolic."""
+    protected_by: str = ""
+    """How they were found: where text and latents are put together, or that the option says so."""
 
     @property
     def decision(self) -> str:
@@ -110,16 +116,26 @@ class Report:
             lines.append(
                 f"graph {number}: {done} of {len(graph.sites)} attention sites rewritten; clock: {graph.clock}"
             )
-            rows: list[tuple[str, ...]] = [("layer", "decision", "q", "k", "dtype", "kernel", "reason")]
+            rows: list[tuple[str, ...]] = [("layer", "decision", "q", "k", "dtype", "kernel", "protected", "reason")]
             for site in graph.sites:
                 reason = "" if site.reason is None else site.reason.value
                 if site.detail:
                     reason += f": {site.detail}"
                 shapes = ["x".join(map(str, shape)) for shape in (site.q_shape, site.k_shape)]
-                rows.append((site.layer, site.decision, *shapes, site.dtype, site.kernel, reason))
+                rows.append((site.layer, site.decision, *shapes, site.dtype, site.kernel, _protected(site), reason))
             if graph.sites:
-                lines += format_table(rows)
+                lines += format_table(rows if any(site.protected for site in graph.sites) else _without(rows, -2))
         return "\n".join(lines)
+
+
+def _protected(site: SiteReport) -> str:
+    """Such as `0:512 (cat in blocks.0.attn1)`."""
+    ranges = ", ".join(f"{start}:{end}" for start, end in site.protected)
+    return f"{ranges} ({site.protected_by})" if ranges else ""
+
+
+def _without(rows: Sequence[tuple[str, ...]], column: int) -> list[tuple[str, ...]]:
+    return [(*row[:column], *row[column + 1 :]) for row in rows]
 
 
 def format_table(rows: Sequence[Sequence[str]]) -> list[str]:

@@ -11,10 +11,13 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from .errors import OptionTypeError, OptionValueError
+from .ops import MAX_PROTECTED
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 KernelName = Literal["auto", "hopper", "triton", "cpu"]
 OnUnsupported = Literal["dense", "error"]
+Positions = tuple[int, int | None]
+"""Start and end in a sequence, half-open, as in a slice."""
 
 
 def _option(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
@@ -69,6 +72,38 @@ def _globs(name: str, value: Any) -> tuple[str, ...]:
     if not all(isinstance(glob, str) and glob for glob in value):
         raise _wrong_type(name, value, allowed)
     return tuple(value)
+
+
+def _protect(name: str, value: Any) -> tuple[Positions, ...] | Literal["auto"]:
+    allowed = (
+        f"'auto', or a list of at most {MAX_PROTECTED} pairs (start, end) of positions such as [(0, 512)] or "
+        "[(-256, None)], with start < end where both count from the same side, and none that counts its start from "
+        "the end and its end from the beginning"
+    )
+    if isinstance(value, str) and value == "auto":
+        return "auto"
+    pairs = () if value is None else value
+    if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
+        raise _wrong_type(name, value, allowed)
+    if len(pairs) > MAX_PROTECTED or not all(start < end or start >= 0 > end for start, end in map(_closed, pairs)):
+        raise _wrong_value(name, value, allowed)
+    return tuple((start, end) for start, end in pairs)
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether a value is two integers, or an integer and None."""
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        return False
+    start, end = (isinstance(bound, int) and not isinstance(bound, bool) for bound in value)
+    return start and (end or value[1] is None)
+
+
+def _closed(pair: Positions) -> tuple[int, float]:
+    """Start and end as numbers that can be compared if they count from the same side."""
+    start, end = pair
+    if end is None:
+        return start, math.inf
+    return start, -math.inf if start < 0 <= end else end
 
 
 def _one_of(*choices: str) -> Callable[[str, Any], str]:
@@ -153,6 +188,12 @@ class Options:
         _one_of("auto", "hopper", "triton", "cpu"),
         "Which kernel computes the rewritten attention; 'auto' takes the fastest that can. Where the one asked for "
         "cannot, compiling raises an error.",
+    )
+    protect: tuple[Positions, ...] | Literal["auto"] = _option(
+        "auto",
+        _protect,
+        "Positions (start, end) whose tiles are always computed, in the sequence of each rewritten layer; negative "
+        "ones count from the end. 'auto' finds the text in joint attention.",
     )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."

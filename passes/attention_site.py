@@ -11,6 +11,7 @@ from torch import fx
 
 from ..decisions import Reason
 from .planned_nodes import Operand
+from .token_roles import Size
 
 
 class Declined(NamedTuple):
@@ -18,6 +19,15 @@ class Declined(NamedTuple):
 
     reason: Reason
     detail: str = ""
+
+
+class Protection(NamedTuple):
+    """Tokens whose tiles are always computed, as keys and as queries."""
+
+    ranges: tuple[tuple[Size, Size], ...] = ()
+    """Positions in the site's sequence, half-open, in their order."""
+    found: str = ""
+    """How they were found."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +58,8 @@ class AttentionSite:
     """Name of the module, such as `blocks.0.attn1`; filled in by `find_attention`, as are the two below."""
     spelling: Spelling | None = None
     declined: Declined | None = None
+    protection: Protection | Declined = Protection()
+    """Filled in by `find_joint_tokens` or `protect_positions`."""
     in_subgraph: bool = False
     """Whether it belongs to a graph that an operator of the captured one calls."""
 

@@ -16,7 +16,7 @@ from ..decisions import Reason
 from ..errors import OptionValueError
 from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
-from .attention_site import AttentionSite, Declined
+from .attention_site import AttentionSite, Declined, Protection
 from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
 from .match_key_mask import match_key_mask
 from .place_output import OutputPlace, place_output
@@ -41,6 +41,7 @@ class Rewrite:
     """Parameter whose identity is the layer's identity."""
     device: torch.device
     place: OutputPlace
+    protection: Protection
     key_bias: Operand | None = None
     """float32 `[B | 1, Sk]`: what the site's mask amounts to."""
 
@@ -91,6 +92,9 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     ):
         return Decline(site, Reason.CROSS_ATTENTION, "k and v are projected from another input")
 
+    protection = site.protection
+    if not isinstance(protection, Protection) and protection.reason.by_design:
+        return Decline(site, *protection)
     sizes = [*q.shape, *k.shape, *v.shape]
     if not all(map(size_hint, sizes)) or not follow_from_inputs(sizes, site.node.graph):
         return Decline(site, Reason.SIZE)
@@ -126,6 +130,8 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     assert tokens is not None
     if tokens < options.min_seq_len:
         return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
+    if not isinstance(protection, Protection):
+        return Decline(site, *protection)
     kernel = select_kernel(q.device, q.dtype, dim, options.kernel, biased=key_bias is not None)
     if isinstance(kernel, str):
         if options.kernel != "auto":
@@ -146,7 +152,7 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
     # What torch took for variable becomes a constant here: another number is compiled anew.
     float(dropout_p)
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
-    return Rewrite(site, scale, kernel, weight, q.device, place, key_bias)
+    return Rewrite(site, scale, kernel, weight, q.device, place, protection, key_bias)
 
 
 def _may_share_heads(site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> bool:

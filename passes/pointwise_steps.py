@@ -253,7 +253,7 @@ def written_meanwhile(span: Iterable[fx.Node], last: fx.Node) -> fx.Node | None:
     return None
 
 
-def same_shape(x: Any, node: fx.Node) -> bool:
+def same_shape(x: Any, node: Operand) -> bool:
     """Whether two nodes provably have the same shape. Asking adds no guard."""
     left, right = fake_tensor(x), fake_tensor(node)
     if left is None or right is None or left.dim() != right.dim():

@@ -9,6 +9,7 @@ import torch
 from ..decisions import GraphReport, SiteReport
 from .decide_attention import Decline, Rewrite
 from .graph_inputs import fake_tensor
+from .token_roles import size_value
 
 
 def report_attention(decisions: Sequence[Rewrite | Decline], clock: str) -> GraphReport:
@@ -22,7 +23,10 @@ def _report_site(decision: Rewrite | Decline) -> SiteReport:
     shapes = [() if x is None else tuple(map(_readable, x.shape)) for x in (q, k)]
     dtype = "" if q is None else str(q.dtype).removeprefix("torch.")
     if isinstance(decision, Rewrite):
-        return SiteReport(site.layer, True, None, "", shapes[0], shapes[1], dtype, decision.kernel.name)
+        ranges, found = decision.protection
+        protected = tuple((_readable(size_value(start)), _readable(size_value(end))) for start, end in ranges)
+        kernel = decision.kernel.name
+        return SiteReport(site.layer, True, None, "", shapes[0], shapes[1], dtype, kernel, protected, found)
     return SiteReport(site.layer, False, decision.reason, decision.detail, shapes[0], shapes[1], dtype, "dense")
 
 

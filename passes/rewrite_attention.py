@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -79,8 +80,12 @@ def _rewrite(
 
 def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:
     """Those of the op's arguments that are not what the op takes without being told."""
-    given: dict[str, Any] = {} if rewrite.key_bias is None else {"key_bias": rewrite.key_bias}
-    return given if rewrite.device.type == "cpu" else {**given, "kernel_name": rewrite.kernel.name}
+    given = {
+        "key_bias": rewrite.key_bias,
+        "protected": [*chain(*rewrite.protection.ranges)] or None,
+        "kernel_name": None if rewrite.device.type == "cpu" else rewrite.kernel.name,
+    }
+    return {name: value for name, value in given.items() if value is not None}
 
 
 def _restore(site: AttentionSite, result: fx.Node, contiguous: bool) -> Operand:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from lite_compile import Options, Reason, clear_report, report
-from lite_compile.backend import rewrite_graph
+from lite_compile.backend import protect_tokens, rewrite_graph
 from lite_compile.passes.decide_attention import Decline, Rewrite, decide_attention
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import find_clock_inputs
@@ -79,6 +79,7 @@ def decide(gm: fx.GraphModule, options: Options = OPTIONS) -> list[Rewrite | Dec
     """Decisions about all sites of `gm`."""
     sites = find_attention(gm)
     clock = find_clock_inputs(gm, sites)
+    sites = protect_tokens(gm, sites, None if isinstance(clock, str) else clock, options)
     return decide_attention(sites, clock if isinstance(clock, str) else None, options)
 
 

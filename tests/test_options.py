@@ -26,6 +26,16 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"layers": [1]}, TypeError, ["layers", "[1]"]),
     ({"exclude_layers": {"a": 1}}, TypeError, ["exclude_layers", "list"]),
     ({"exclude_layers": [""]}, TypeError, ["exclude_layers"]),
+    ({"protect": "text"}, TypeError, ["protect", "'text'", "'auto'", "(start, end)"]),
+    ({"protect": (0, 512)}, TypeError, ["protect", "(0, 512)", "list of at most 4 pairs"]),
+    ({"protect": [(0, 512, 1)]}, TypeError, ["protect", "(0, 512, 1)"]),
+    ({"protect": [(0, 51.2)]}, TypeError, ["protect", "51.2"]),
+    ({"protect": [(False, 512)]}, TypeError, ["protect", "False"]),
+    ({"protect": [(None, 512)]}, TypeError, ["protect", "None"]),
+    ({"protect": [(512, 512)]}, ValueError, ["protect", "512", "start < end"]),
+    ({"protect": [(-1, -256)]}, ValueError, ["protect", "-256", "start < end"]),
+    ({"protect": [(-256, 0)]}, ValueError, ["protect", "-256", "(-256, None)"]),
+    ({"protect": [(i, i + 1) for i in range(5)]}, ValueError, ["protect", "at most 4"]),
     ({"inner": "inductr"}, ValueError, ["inner", "'inductr'", "aot_eager", "Did you mean 'inductor'?"]),
     ({"inner": 1}, TypeError, ["inner", "1"]),
     ({"mode": "reduce_overhead"}, ValueError, ["mode", "Did you mean 'reduce-overhead'?"]),
@@ -80,5 +90,8 @@ def test_good_values() -> None:
     assert options.layers == ("a.*",)
     assert options.inductor_config()["max_autotune"] is True
     assert Options(threshold=0).threshold == 0.0
+    assert Options().protect == Options(protect="auto").protect == "auto"
+    assert Options(protect=None).protect == Options(protect=[]).protect == ()
+    assert Options(protect=[[-256, None], (0, -10)]).protect == ((-256, None), (0, -10))
     assert Options.parse({"threshold": -3}, mode="reduce-overhead").inductor_config()["triton.cudagraphs"] is True
     assert Options.parse({"inductor": {"max_autotune": True}}).inductor_config() == {"max_autotune": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import graphs
@@ -306,3 +307,41 @@ def test_norms_and_rotary_embeddings_with_matrices_are_no_projections() -> None:
     assert "'to_q'" in source_name(decisions[0].weight)
     assert isinstance(decisions[1], Decline)
     assert decisions[1].reason is Reason.CROSS_ATTENTION
+
+
+def with_text(attend: Callable[[Any, Tensor, Tensor], Tensor]) -> Denoiser:
+    """A denoiser whose tokens are what `attend(attention, tokens, prompt)` makes of the latents."""
+
+    class Joint(Denoiser):
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+            return attend(self.attn, hidden_states + timestep[:, None, None].sin(), prompt)
+
+    return Joint()
+
+
+def test_text_alone() -> None:
+    model = with_text(lambda attention, x, prompt: x + attention(prompt))
+    decision = only(decide(capture(model, *inputs())))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.TEXT
+
+
+def test_text_that_cannot_be_told_from_latents() -> None:
+    def attend(attention: Any, x: Tensor, prompt: Tensor) -> Tensor:
+        return attention(torch.cat([prompt, x], 1).roll(3, 1))
+
+    gm = capture(with_text(attend), *inputs())
+    decision = only(decide(gm))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.JOINT
+    assert "roll" in decision.detail
+    decision = only(decide(gm, Options(min_seq_len=TOKENS, protect=[(3, TOKENS + 3)])))
+    assert isinstance(decision, Rewrite)
+    assert decision.protection.ranges == ((3, TOKENS + 3),)
+
+
+def test_text_among_latents_is_protected() -> None:
+    model = with_text(lambda attention, x, prompt: attention(torch.cat([prompt, x], 1)))
+    decision = only(decide(capture(model, *inputs())))
+    assert isinstance(decision, Rewrite)
+    assert decision.protection.ranges == ((0, TOKENS),)
