@@ -67,9 +67,9 @@ class ClockInputs:
 def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> ClockInputs | str:
     """The clock's inputs by argument name, else by data flow; or what is missing, as text.
 
-    *Latents* are called so or feed the queries of an attention site; among several, those that do both come first, then
-    the argument's name decides, then the shape of the output, then size. The *timestep* is a small input, one value per sample or per token, that is named so or that
-    reaches a sine or cosine through pointwise operations.
+    *Latents* are called so or feed the queries of an attention site. Among several, those that do both come first, then
+    the argument's name decides, then the shape of the output, then size. The *timestep* is a small input, one value per
+    sample or per token, that is named so or that reaches a sine or cosine through pointwise operations.
     """
     if _continues_after_graph_break(gm):
         return "the graph continues after a graph break, so its inputs are not the model's"
