@@ -5,7 +5,6 @@ from __future__ import annotations
 import models_doc
 import pytest
 import torch
-from fresh import in_fresh_process
 from zoo_model import ZooModel
 from zoo_models import ZOO
 from zoo_runs import Observation, compile_model, generate, generate_alone, observe
@@ -87,14 +86,6 @@ def test_a_second_generation_is_like_the_first_one_of_a_new_model(name: str) -> 
         assert {(stream.generations, stream.steps) for stream in stats.streams} == {(2, 6)}
         assert (stats.density < 1) == zoo.skips
     assert torch.equal(second, generate_alone(name, 2))
-
-
-@pytest.mark.parametrize("name", ["FluxTransformer2DModel-dev", "Lumina2Transformer2DModel"])
-def test_a_second_generation_is_like_one_in_a_fresh_process(name: str) -> None:
-    zoo = ZOO[name]
-    compiled = compile_model(zoo.make(), threshold=-1.0)
-    generate(zoo, compiled, 1)
-    assert torch.equal(generate(zoo, compiled, 2), in_fresh_process(generate_alone, name, 2))
 
 
 @pytest.mark.parametrize("name", THROUGH_INDUCTOR)

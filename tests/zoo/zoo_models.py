@@ -306,7 +306,7 @@ add_class(
 add_class(
     "LatteTransformer3DModel",
     {
-        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8,
         "num_layers": 1, "cross_attention_dim": 64, "attention_bias": True, "sample_size": 32, "patch_size": 2,
         "activation_fn": "gelu-approximate", "num_embeds_ada_norm": 1000, "norm_type": "ada_norm_single",
         "norm_elementwise_affine": False, "caption_channels": 16, "video_length": 4,
@@ -492,7 +492,7 @@ def stable_audio(x: Tensor, t: Tensor, prompt: Prompt) -> dict[str, Any]:
 add_class(
     "PixArtTransformer2DModel",
     {
-        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8,
         "num_layers": 2, "cross_attention_dim": 64, "sample_size": 32, "caption_channels": 16,
         "use_additional_conditions": False,
     },
@@ -512,7 +512,7 @@ add_class(
     "HunyuanDiT2DModel",
     {
         "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "patch_size": 2,
-        "sample_size": 32, "hidden_size": 64, "num_layers": 2, "learn_sigma": False, "cross_attention_dim": 16,
+        "sample_size": 32, "hidden_size": 64, "num_layers": 2, "cross_attention_dim": 16,
         "cross_attention_dim_t5": 16, "pooled_projection_dim": 16, "text_len": 8, "text_len_t5": 8,
     },
     hunyuan_dit, IMAGE, 2, {CROSS: 3}, note="one of the cross-attentions pools the text",
@@ -520,7 +520,7 @@ add_class(
 add_class(
     "DiTTransformer2DModel",
     {
-        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 4,
+        "num_attention_heads": 2, "attention_head_dim": 32, "in_channels": 4, "out_channels": 8,
         "num_layers": 2, "sample_size": 32, "num_embeds_ada_norm": 10,
     },
     lambda x, t, prompt: {"hidden_states": x, "timestep": t, "class_labels": torch.tensor([prompt.seed % 10])},
@@ -540,7 +540,7 @@ add_class(
     "LuminaNextDiT2DModel",
     {
         "sample_size": 32, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 2,
-        "multiple_of": 16, "ffn_dim_multiplier": 1.0, "learn_sigma": False, "cross_attention_dim": 16,
+        "multiple_of": 16, "ffn_dim_multiplier": 1.0, "cross_attention_dim": 16,
     },
     lumina_next, IMAGE, 0, {MASK: 2, CROSS: 2}, note="time rises",
 )  # fmt: skip

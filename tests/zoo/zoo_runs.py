@@ -55,11 +55,16 @@ def generate(zoo: ZooModel, model: Callable[..., Any], number: int, steps: int =
     for step in range(steps):
         t = torch.tensor([1000.0 * (1 - step / steps)])
         guided, unguided = (
-            first_tensor(model(**zoo.arguments(latents, t, Prompt(10 * number + stream)))).reshape(latents.shape)
-            for stream in range(2)
+            velocity(model(**zoo.arguments(latents, t, Prompt(10 * number + stream))), latents) for stream in range(2)
         )
         latents = latents - (unguided + 3.0 * (guided - unguided)) / steps
     return latents
+
+
+def velocity(output: Any, latents: Tensor) -> Tensor:
+    """The prediction for `latents`, without the variances that some models predict as well."""
+    prediction = first_tensor(output)
+    return prediction.flatten()[: latents.numel()].reshape(latents.shape)
 
 
 def generate_alone(name: str, number: int) -> Tensor:
