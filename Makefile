@@ -12,7 +12,7 @@ MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint format types bench-cpu build clean
+.PHONY: help env demo test test-slow test-gpu lint format types bench-cpu models-doc build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -58,6 +58,9 @@ test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON
 
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py
+
+models-doc: $(STAMP)  ## write docs/models.md: what is rewritten in each model of tests/zoo
+	$(BIN)/python tests/zoo/models_doc.py
 
 build: $(STAMP)  ## sdist and wheel in dist/
 	@rm -rf build/lib

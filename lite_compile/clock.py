@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 # Words of the header. The last three are `announce`'s.
-GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED = range(10)
-ANNOUNCED, TICKET, USED_TICKET = 10, 11, 12
+GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED, DIRECTION = range(11)
+ANNOUNCED, TICKET, USED_TICKET = 11, 12, 13
 _HEADER = 16
 
 LATENT_SAMPLES = 4096
@@ -31,6 +31,11 @@ NEXT_STEP_COSINE = 0.5
 """Latents of consecutive steps correlate better in runs of eight steps or more; unrelated ones stay within +-0.3."""
 SAME_TIMESTEP_COSINE = 0.98
 """A second evaluation at one timestep (Heun, rounded timesteps) moves latents little, another noise more."""
+RISING_COSINE = 0.9
+"""At the second step of a generation, which shows whether its time falls or rises (Lumina, Mochi, Z-Image).
+
+Most times fall, and then a rise is a new generation.
+"""
 MAX_ENTRIES = 32
 """Batch entries are judged one by one; of more than this many, neighbours are judged together."""
 
@@ -86,6 +91,20 @@ def _tame(x: Tensor) -> Tensor:
     return torch.where(x.isnan(), _NAN_CODE, x)
 
 
+def sample_latents(latents: Sequence[Tensor]) -> Tensor:
+    """`LATENT_SAMPLES` values of all latents, as many of each; zeros where these are too few."""
+    share = LATENT_SAMPLES // len(latents)
+    samples = [sample(x, share).to(latents[0].device) for x in latents]
+    return torch.cat([*samples, samples[0].new_zeros(LATENT_SAMPLES - share * len(latents))])
+
+
+def correlate_latents(now: Tensor, last: Tensor, latents: Sequence[Tensor]) -> Tensor:
+    """`correlate` for the samples of several latents: the smallest cosine."""
+    share = LATENT_SAMPLES // len(latents)
+    parts = zip(now.split(share), last.split(share), latents, strict=False)
+    return torch.stack([correlate(*part) for part in parts]).amin()
+
+
 def correlate(now: Tensor, last: Tensor, latents: Tensor) -> Tensor:
     """Smallest cosine between two sets of samples among the entries of a batch; NaN where an entry did not move.
 
@@ -95,7 +114,7 @@ def correlate(now: Tensor, last: Tensor, latents: Tensor) -> Tensor:
     size, entries = latents.numel(), torch.sym_min(latents.shape[0], MAX_ENTRIES)
     changed = now != last
     moved, was = torch.where(changed, now, 0.0), torch.where(changed, last, 0.0)
-    owner = sample_positions(size, LATENT_SAMPLES, now.device) // ((size + entries - 1) // entries)
+    owner = sample_positions(size, now.shape[0], now.device) // ((size + entries - 1) // entries)
     inside = owner == torch.arange(entries, device=now.device)[:, None]
 
     def total(values: Tensor) -> Tensor:
@@ -105,13 +124,17 @@ def correlate(now: Tensor, last: Tensor, latents: Tensor) -> Tensor:
 
 
 def advance(
-    clock: Tensor, latents: Tensor, timestep: Tensor, conditions: Sequence[Tensor | int | float], max_streams: int
+    clock: Tensor,
+    latents: Tensor | Sequence[Tensor],
+    timestep: Tensor,
+    conditions: Sequence[Tensor | int | float],
+    max_streams: int,
 ) -> Tensor:
     """Advance `clock` in place by one call of the model and say where that call stands.
 
     - *Same step, next guidance stream*: the latents equal the previous call's, and so does the timestep.
     - *Next step*: the latents of every batch entry moved but still correlate with the previous call's, the timestep
-      fell, and this is not where the generation started.
+      fell (or rose, if it does so from the generation's beginning on), and this is not where the generation started.
     - *Undecided*: the latents moved a little while the timestep stood still. A second evaluation at one time (Heun,
       rounded timesteps) looks like this, and so does a prompt that was mixed into the latents: the call uses no state.
     - *New generation*: anything else, a first step that comes again, or a reset asked for by the user. All masks are
@@ -122,7 +145,7 @@ def advance(
 
     Args:
         clock: int32 `[clock_words(max_streams, len(conditions))]`.
-        latents: the noisy input of the model, any shape.
+        latents: the noisy input of the model, any shape; or several that are denoised together.
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
         conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
 
@@ -135,20 +158,25 @@ def advance(
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
 
-    now = sample(latents, LATENT_SAMPLES).to(clock.device)
+    latents = (latents,) if isinstance(latents, Tensor) else latents
+    numel = sum(x.numel() for x in latents) % 2**31
+    now = sample_latents(latents).to(clock.device)
     t = timestep.float().max().to(clock.device)
     last_t = clock[TIMESTEP].view(torch.float32)
-    started = (clock[GENERATION] > 0) & (clock[RESET] == 0) & (clock[NUMEL] == latents.numel() % 2**31)
+    started = (clock[GENERATION] > 0) & (clock[RESET] == 0) & (clock[NUMEL] == numel)
 
     delta = t - last_t
     identical = (now == last).all()
-    cosine = correlate(now, last, latents)
+    cosine = correlate_latents(now, last, latents)
     moved = started & ~identical & (now != first).any()
     moved = moved & torch.isfinite(t) & torch.isfinite(last_t) & torch.isfinite(now).all()
     condition = identify(conditions, clock.device)
     known_now = (known == condition).all(1)
 
-    next_step = moved & (delta < 0) & (cosine >= NEXT_STEP_COSINE)
+    direction = delta.sign().int()
+    unknown = (clock[DIRECTION] == 0) & ((delta < 0) | (cosine >= RISING_COSINE))
+    onwards = (direction != 0) & (unknown | (direction == clock[DIRECTION]))
+    next_step = moved & onwards & (cosine >= NEXT_STEP_COSINE)
     # A timestep may be evaluated twice, but not the first one of a generation: that would be a restart.
     again = moved & (delta == 0) & (cosine >= SAME_TIMESTEP_COSINE) & (clock[STEP] > 0)
     # The first step under the same conditioning once more: a run that was aborted begins anew.
@@ -183,9 +211,10 @@ def advance(
         DENSE_CALLS: clock[DENSE_CALLS] + (slot < 0).int(),
         RESET: torch.zeros_like(step),
         TIMESTEP: t.view(torch.int32),
-        NUMEL: torch.full_like(step, latents.numel() % 2**31),
+        NUMEL: torch.full_like(step, numel),
         EPOCH: epoch_count,
         UNDECIDED: undecided,
+        DIRECTION: torch.where(new, 0, torch.where(next_step, direction, clock[DIRECTION])),
     }
     updated = torch.cat(
         [

@@ -27,7 +27,7 @@ from .clock import RESET, advance, clock_words
 from .layer_state import versions
 from .ops import NOW_SLOT, NOW_WORDS
 from .passes.find_attention import is_made_up
-from .passes.find_clock_inputs import LATENT_NAMES, TIMESTEP_NAMES
+from .passes.find_clock_inputs import JOINT_LATENT_NAMES, LATENT_NAMES, TIMESTEP_NAMES
 from .passes.graph_inputs import special_kind
 
 RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
@@ -44,7 +44,7 @@ _roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Root]] = weakref.WeakKe
 class ClockArguments:
     """What the clock reads of one call of a root module."""
 
-    latents: Tensor
+    latents: tuple[Tensor, ...]
     timestep: Tensor | int | float
     conditions: tuple[Tensor | int | float, ...]
     """Everything else that may carry a prompt."""
@@ -93,7 +93,7 @@ class RootClock:
             self._call = call.number
             given = call.arguments
             with torch.inference_mode(False), torch.no_grad():
-                latents, *conditions = (_usable(x) for x in (given.latents, *given.conditions))
+                latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
                 t = given.timestep
                 timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
                 self.now.copy_(advance(self.clock, latents, timestep, conditions, self._max_streams))
@@ -252,20 +252,22 @@ def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     for name, parameter in inspect.signature(original.forward).parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
-    latents = {n: x for n, x in named.items() if n in LATENT_NAMES and _is_latent_like(x)}
+    latents = {n: tensors for n, x in named.items() if n in LATENT_NAMES and (tensors := _as_latents(x))}
     timesteps = {n: x for n, x in named.items() if n in TIMESTEP_NAMES and _is_timestep_like(x)}
     if not latents or not timesteps:
         return "no argument is named like latents" if not latents else "no argument is named like a timestep"
-    name = max(latents, key=lambda n: latents[n].numel())
+    name = max(latents, key=lambda n: sum(x.numel() for x in latents[n]))
     time = next(iter(timesteps))
-    rest = tree_leaves([value for key, value in named.items() if key not in (name, time)])
+    joint = {n: tensors for n, x in named.items() if n in JOINT_LATENT_NAMES and (tensors := _as_latents(x))}
+    rest = tree_leaves([value for key, value in named.items() if key not in (name, time, *joint)])
     conditions = []
     for leaf in rest:
         condition = _as_condition(leaf)
         if condition is None:
             return f"an argument holds a {type(leaf).__name__}, which the clock cannot watch"
         conditions.append(condition)
-    return ClockArguments(latents[name], timesteps[time], tuple(conditions), (name, time))
+    all_latents = itertools.chain(latents[name], *joint.values())
+    return ClockArguments(tuple(all_latents), timesteps[time], tuple(conditions), (name, time))
 
 
 def describe_root(found: RootFrame) -> str:
@@ -303,6 +305,12 @@ def dense_now(device: torch.device) -> Tensor:
     words[NOW_SLOT] = -1
     with torch.inference_mode(False):
         return torch.tensor(words, dtype=torch.int32, device=device)
+
+
+def _as_latents(x: object) -> tuple[Tensor, ...]:
+    """The tensors of an argument that holds latents, or a list of them; none if it holds anything else."""
+    tensors = x if isinstance(x, list | tuple) else (x,)
+    return tuple(tensors) if all(map(_is_latent_like, tensors)) else ()
 
 
 def _is_latent_like(x: object) -> bool:

@@ -22,6 +22,7 @@ from .graph_inputs import (
     is_parameter,
     is_sized,
     is_static,
+    list_name,
     placeholders,
     size_hint,
     source_name,
@@ -33,6 +34,8 @@ LATENT_NAMES = {
     "hidden_states", "sample", "x", "latents", "latent", "noisy_latents", "latent_model_input", "img", "video",
     "z", "zt", "x_t",
 }  # fmt: skip
+JOINT_LATENT_NAMES = {"audio_hidden_states", "audio_latents"}
+"""Inputs that are denoised together with the latents, so that they change at each step and carry no prompt."""
 TIMESTEP_NAMES = {"timestep", "timesteps", "t", "time", "sigma", "sigmas", "noise_level", "time_step"}
 
 _TOWARDS_EMBEDDING = {
@@ -53,6 +56,8 @@ class ClockInputs:
     latents: fx.Node
     timestep: fx.Node
     conditions: tuple[fx.Node, ...]
+    more_latents: tuple[fx.Node, ...] = ()
+    """What is denoised together with `latents`: the rest of a list of images, the sound of a video."""
 
     def __str__(self) -> str:
         names = [argument_name(node) or node.name for node in (self.latents, self.timestep)]
@@ -62,9 +67,9 @@ class ClockInputs:
 def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> ClockInputs | str:
     """The clock's inputs by argument name, else by data flow; or what is missing, as text.
 
-    *Latents* feed the queries of an attention site; among several, the argument's name decides, then the shape of the
-    output, then size. The *timestep* is a small input, one value per sample or per token, that is named so or that
-    reaches a sine or cosine through pointwise operations.
+    *Latents* are called so or feed the queries of an attention site. Among several, those that do both come first, then
+    the argument's name decides, then the shape of the output, then size. The *timestep* is a small input, one value per
+    sample or per token, that is named so or that reaches a sine or cosine through pointwise operations.
     """
     if _continues_after_graph_break(gm):
         return "the graph continues after a graph break, so its inputs are not the model's"
@@ -74,11 +79,14 @@ def find_clock_inputs(gm: fx.GraphModule, sites: Sequence[AttentionSite]) -> Clo
     latents = _find_latents(gm, inputs, sites)
     if latents is None:
         return "no input looks like latents"
-    timestep = _find_timestep(gm, [n for n in inputs if n is not latents], latents)
+    more_latents = tuple(n for n in inputs if n is not latents and _is_denoised_with(latents, n))
+    rest = [n for n in inputs if n is not latents and n not in more_latents]
+    timestep = _find_timestep(gm, rest, [latents, *more_latents])
     if timestep is None:
         return "no tensor input looks like a timestep"
-    conditions = tuple(n for n in placeholders(gm.graph) if n not in (latents, timestep) and _is_condition(n))
-    return ClockInputs(latents, timestep, conditions)
+    known = {latents, timestep, *more_latents}
+    conditions = tuple(n for n in placeholders(gm.graph) if n not in known and _is_condition(n))
+    return ClockInputs(latents, timestep, conditions, more_latents)
 
 
 def find_unreadable(gm: fx.GraphModule) -> str | None:
@@ -127,10 +135,21 @@ def _inside_of_a_module() -> bool:
 def _find_latents(gm: fx.GraphModule, inputs: list[fx.Node], sites: Sequence[AttentionSite]) -> fx.Node | None:
     reaching = _ancestors([site.q for site in sites])
     candidates = [n for n in inputs if n in reaching and _is_latent_like(n)]
-    named = [n for n in candidates if argument_name(n) in LATENT_NAMES]
+    named = [n for n in inputs if argument_name(n) in LATENT_NAMES and _is_latent_like(n)]
     outputs = [value for n in gm.graph.output_node().all_input_nodes if (value := fake_tensor(n)) is not None]
     shaped = [n for n in candidates if any(_same_shape(n, value) for value in outputs)]
-    return max(named or shaped or candidates, key=_size, default=None)
+    both = [n for n in named if n in reaching]
+    return max(both or named or shaped or candidates, key=_size, default=None)
+
+
+def _is_denoised_with(latents: fx.Node, node: fx.Node) -> bool:
+    """Whether an input is the like of `latents` in the list that holds them, or by its name denoised as well."""
+    if not _is_latent_like(node):
+        return False
+    value = fake_tensor(node)
+    assert value is not None
+    same_list = list_name(node) != "" and list_name(node) == list_name(latents)
+    return (same_list and _same_shape(latents, value)) or argument_name(node) in JOINT_LATENT_NAMES
 
 
 def _is_latent_like(node: fx.Node) -> bool:
@@ -155,8 +174,9 @@ def _size(node: fx.Node) -> int:
     return size_hint(value.numel()) or 0
 
 
-def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: fx.Node) -> fx.Node | None:
-    batch = fake_tensor(latents).shape[0]  # type: ignore[union-attr]
+def _find_timestep(gm: fx.GraphModule, inputs: list[fx.Node], latents: list[fx.Node]) -> fx.Node | None:
+    images = [n for n in latents if list_name(n)]
+    batch = len(images) if len(images) > 1 else fake_tensor(latents[0]).shape[0]  # type: ignore[union-attr]
     candidates = [n for n in inputs if _is_timestep_like(n, batch)]
     embedded = [n for n in candidates if _reaches_embedding(n)]
     flat = [n for n in candidates if fake_tensor(n).dim() <= 1]  # type: ignore[union-attr]

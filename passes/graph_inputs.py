@@ -89,9 +89,15 @@ def source_name(node: fx.Node) -> str:
     return str(name() if callable(name) else name)
 
 
+def list_name(node: fx.Node) -> str:
+    """Python expression of the list or tuple that the input is an entry of, `L['x']`; empty where it is in none."""
+    match = re.fullmatch(r"(?!L\['args'\]\[\d+\]$)(.+)\[\d+\]", source_name(node))
+    return match.group(1) if match else ""
+
+
 def argument_name(node: fx.Node) -> str:
-    """Name of the model argument behind an input: `timestep`; empty for positional or derived ones."""
-    match = re.search(r"\['([A-Za-z_]\w*)'\]$", source_name(node))
+    """Name of the model argument behind an input, or behind the list it is in; empty for positional or derived ones."""
+    match = re.search(r"\['(?!args')([A-Za-z_]\w*)'\](\[\d+\])*$", source_name(node))
     return match.group(1) if match else ""
 
 

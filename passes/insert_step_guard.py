@@ -33,7 +33,8 @@ def insert_step_guard(
         if isinstance(source, ClockSource):
             now = gm.graph.call_function(read_announced, (clock, max_streams))
         else:
-            arguments = (clock, source.latents, source.timestep, list(source.conditions), max_streams)
+            latents = [source.latents, *source.more_latents] if source.more_latents else source.latents
+            arguments = (clock, latents, source.timestep, list(source.conditions), max_streams)
             now = gm.graph.call_function(advance, arguments)
     now.name = "now"
     now.meta["example_value"] = fake_now

@@ -92,12 +92,41 @@ def test_latents_of_another_size_are_a_new_generation() -> None:
     assert clock.call(torch.ones(1, 4, 4, 16, 24), 900.0, P)[0] == 2
 
 
-def test_rising_time_stays_dense() -> None:
-    """Lumina and Z-Image count from 0 to 1; a rising timestep looks like a new generation each time."""
+def test_rising_time_counts_steps() -> None:
+    """Lumina and Z-Image count from 0 to 1, Mochi from 0 to 1000."""
     clock = Clock()
-    times = [1000.0, 900.0, 800.0]
-    calls = [clock.call(x, 1 - t / 1000, P) for x, t in zip(trajectory(0, times), times, strict=True)]
-    assert calls == [(1, 0, 0), (2, 0, 0), (3, 0, 0)]
+    times = [1000.0, 900.0, 700.0, 400.0, 100.0]
+    for generation in (1, 2):
+        xs = trajectory(generation, times)
+        calls = [clock.call(x, 1 - t / 1000, p) for x, t in zip(xs, times, strict=True) for p in (P, N)]
+        assert calls == [(generation, step, slot) for step in range(5) for slot in (0, 1)]
+
+
+def test_time_that_rose_and_falls_is_a_new_generation() -> None:
+    clock, xs = Clock(), trajectory(0, TIMES)
+    assert [clock.call(xs[0] * (1 + t), t, P)[:2] for t in (0.0, 0.1, 0.2)] == [(1, 0), (1, 1), (1, 2)]
+    assert clock.call(xs[0] * 1.3, 0.1, P) == (2, 0, 0)
+    assert clock.call(xs[0] * 1.4, 0.0, P) == (2, 1, 0)  # the new one's time falls
+
+
+def test_a_rise_after_one_step_needs_latents_that_hardly_moved() -> None:
+    """Video-to-video, aborted after its first step, and begun anew on the same clip with more noise."""
+    clock, video = Clock(), noise(50)
+    assert clock.call(0.7 * video + 0.3 * noise(1), 300.0, P) == (1, 0, 0)
+    assert clock.call(0.5 * video + 0.5 * noise(2), 500.0, P) == (2, 0, 0)
+
+
+def test_latents_that_are_denoised_together_are_judged_together() -> None:
+    video, sound = trajectory(0, TIMES), [x[:, :, 0] for x in trajectory(1, TIMES)]
+    clock = Clock()
+
+    def call(x: Tensor, y: Tensor, t: float) -> tuple[int, int]:
+        now = advance(clock.state, [x, y], torch.tensor([t]), [P], STREAMS)
+        return int(now[NOW_GENERATION]), int(now[NOW_STEP])
+
+    calls = [call(*latents) for latents in zip(video[:3], sound[:3], TIMES[:3], strict=True)]
+    assert calls == [(1, 0), (1, 1), (1, 2)]
+    assert call(video[3], noise(9)[:, :, 0], TIMES[3]) == (2, 0)  # another sound
 
 
 def test_second_evaluation_at_one_timestep_uses_no_state() -> None:

@@ -288,6 +288,19 @@ def test_a_whole_model_compiled_later_ignores_the_hooks() -> None:
     assert torch.equal(result, denoise(compile_whole(tiny_wan()), noise(1), PROMPTS, 5))
 
 
+def test_latents_in_lists_and_sound_beside_them() -> None:
+    class Model(nn.Module):
+        def forward(self, x: list[Tensor], t: Tensor, prompts: list[Tensor], audio_latents: Tensor) -> None: ...
+
+    x, sound, prompts = [noise(0), noise(1)], noise(2), [prompt(0), prompt(1)]
+    found = root_clock.read_arguments(Model(), (x, 0.5, prompts), {"audio_latents": sound})
+    assert isinstance(found, root_clock.ClockArguments)
+    assert list(map(id, found.latents)) == list(map(id, [*x, sound]))
+    assert list(map(id, found.conditions)) == list(map(id, prompts))
+    mixed = root_clock.read_arguments(Model(), ([noise(0), 3], 0.5, prompts, sound), {})
+    assert mixed == "no argument is named like latents"
+
+
 def test_a_model_without_timestep_says_what_is_missing() -> None:
     class Plain(nn.Module):
         def __init__(self) -> None:

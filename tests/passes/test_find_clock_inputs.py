@@ -68,6 +68,90 @@ def test_by_data_flow() -> None:
     assert [argument_name(n) for n in (clock.latents, clock.timestep)] == ["second", "third"]
 
 
+class Images(nn.Module):
+    """Latents and prompts as lists with one entry per image, as Z-Image takes them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser(cross=True)
+
+    def forward(self, x: list[Tensor], t: Tensor, prompts: list[Tensor]) -> list[Tensor]:
+        return list(self.inner(torch.cat(x), t, torch.cat(prompts)).split(1))
+
+
+class PositionalImages(Images):
+    def forward(self, *args: Any) -> list[Tensor]:
+        return super().forward(*args)
+
+
+@pytest.mark.parametrize(("model", "source"), [(Images(), "L['x']"), (PositionalImages(), "L['args'][0]")])
+def test_latents_in_a_list(model: nn.Module, source: str) -> None:
+    latents, t, prompts = inputs(batch=3)
+    clock = find(model, list(latents.split(1)), t, list(prompts.split(1)))
+    assert isinstance(clock, ClockInputs)
+    images = [source_name(n) for n in (clock.latents, *clock.more_latents)]
+    assert sorted(images) == [f"{source}[{i}]" for i in range(3)]
+    assert len(clock.conditions) == 3
+
+
+class Packed(nn.Module):
+    """All arguments in one list: what is not of the latents' shape stays conditioning."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser(cross=True)
+
+    def forward(self, inputs: list[Tensor]) -> Tensor:
+        return self.inner(*inputs)
+
+
+def test_a_prompt_beside_the_latents_in_a_list_is_conditioning() -> None:
+    latents, t, prompts = inputs(batch=2)
+    clock = find(Packed(), [latents, t, torch.cat([prompts, prompts], 1)])
+    assert isinstance(clock, ClockInputs)
+    assert (source_name(clock.latents), clock.more_latents) == ("L['inputs'][0]", ())
+    assert [source_name(n) for n in clock.conditions] == ["L['inputs'][2]"]
+
+
+class Audiovisual(nn.Module):
+    """Sound is denoised together with the picture, as in LTX2."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Denoiser()
+
+    def forward(self, hidden_states: Tensor, audio_hidden_states: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        out = self.inner(torch.cat([hidden_states, audio_hidden_states], 1), timestep, hidden_states)
+        return out[:, : hidden_states.shape[1]], out[:, hidden_states.shape[1] :]
+
+
+def test_sound_is_no_conditioning() -> None:
+    latents, t, _ = inputs()
+    clock = find(Audiovisual(), latents, latents[:, :8].clone(), t)
+    assert isinstance(clock, ClockInputs)
+    assert (argument_name(clock.latents), clock.conditions) == ("hidden_states", ())
+    assert [argument_name(n) for n in clock.more_latents] == ["audio_hidden_states"]
+
+
+class Refined(nn.Module):
+    """The prompt is refined by attention, and then the graph breaks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.refiner = Denoiser()
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor, Tensor]:
+        return hidden_states * 2, self.refiner(encoder_hidden_states, timestep, hidden_states)
+
+
+def test_a_prompt_with_attention_of_its_own_is_not_the_latents() -> None:
+    latents, t, prompts = inputs()
+    clock = find(Refined(), latents, t, prompts)
+    assert isinstance(clock, ClockInputs)
+    assert argument_name(clock.latents) == "hidden_states"
+    assert [argument_name(n) for n in clock.conditions] == ["encoder_hidden_states"]
+
+
 class AdaLayerNormBlock(nn.Module):
     """A block, compiled by itself: its `timestep` is an embedding, not a timestep."""
 

@@ -1,0 +1,1 @@
+"""Diffusion transformers written from their papers, none of diffusers' modules among them."""
