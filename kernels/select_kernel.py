@@ -28,13 +28,14 @@ def select_kernel(
     """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none.
 
     Args:
-        wanted: name of the only kernel that may be taken, or "auto".
+        wanted: name of the only kernel that may be taken, or "auto": the portable kernel on CUDA devices. The one for
+            Hopper is faster, but has to be asked for until its results under CUDA graphs are understood.
         biased: whether a bias per key is added to the scores.
     """
     if device.type == "cpu":
         from .attend_cpu import CPU_TILE
 
-        return _not("cpu", wanted) or Kernel("cpu", CPU_TILE)
+        return _missing(wanted, device, "cpu") or Kernel("cpu", CPU_TILE)
     if device.type != "cuda":
         return f"{device.type} has no kernel; cpu and cuda do"
     if torch.version.hip is not None:
@@ -44,16 +45,19 @@ def select_kernel(
     capability = torch.cuda.get_device_capability(device)
     if capability < (8, 0):
         return f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed"
-    obstacle = _not("hopper", wanted) or hopper_obstacle(capability, dtype, head_dim, biased)
-    if obstacle is None:
+    missing = _missing(wanted, device, "triton", "hopper")
+    if missing is not None:
+        return missing
+    if wanted == "hopper":
+        obstacle = hopper_obstacle(capability, dtype, head_dim, biased)
+        if obstacle is not None:
+            return obstacle
         from .attend_hopper import HOPPER_TILE
 
         return Kernel("hopper", HOPPER_TILE)
-    if wanted == "hopper":
-        return obstacle
     from .attend_triton import triton_tile
 
-    return _not("triton", wanted) or Kernel("triton", triton_tile(capability, dtype, head_dim))
+    return Kernel("triton", triton_tile(capability, dtype, head_dim))
 
 
 def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, biased: bool) -> str | None:
@@ -71,8 +75,11 @@ def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: i
     return None
 
 
-def _not(name: str, wanted: str) -> str | None:
-    return None if wanted in ("auto", name) else f"kernel={wanted!r} is asked for"
+def _missing(wanted: str, device: torch.device, *known: str) -> str | None:
+    """That a device has no kernel of that name, or None if it has."""
+    if wanted in ("auto", *known):
+        return None
+    return f"allowed on {device.type}: 'auto', {', '.join(map(repr, known))}"
 
 
 def cuda_kernel(name: str) -> Callable[..., None]:

@@ -36,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"protect": [(-1, -256)]}, ValueError, ["protect", "-256", "start < end"]),
     ({"protect": [(-256, 0)]}, ValueError, ["protect", "-256", "(-256, None)"]),
     ({"protect": [(i, i + 1) for i in range(5)]}, ValueError, ["protect", "at most 4"]),
+    ({"kernel": "hoper"}, ValueError, ["kernel", "'hoper'", "'triton'", "Did you mean 'hopper'?"]),
+    ({"kernel": None}, TypeError, ["kernel", "None", "'auto'"]),
     ({"inner": "inductr"}, ValueError, ["inner", "'inductr'", "aot_eager", "Did you mean 'inductor'?"]),
     ({"inner": 1}, TypeError, ["inner", "1"]),
     ({"mode": "reduce_overhead"}, ValueError, ["mode", "Did you mean 'reduce-overhead'?"]),

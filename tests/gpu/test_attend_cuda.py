@@ -200,7 +200,7 @@ def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
         assert (ours != theirs).sum() <= 0.01 * ours.numel()
         expected.copy_(state.cpu())  # go on from one state, so that differences do not add up
-    assert ours.float().mean() > 0.2
+    assert ours.float().mean() > 0.1  # protected ranges leave less to mark, larger tiles as well
     assert not ours[:, :, touched_tiles(ours.shape[2], tile.q, protected)].any()
     assert not ours[..., touched_tiles(k_tiles, tile.k, protected)].any()
 

@@ -6,13 +6,24 @@ from typing import Any
 
 import pytest
 import torch
-from models import OPTIONS, denoise, noise, prompt, tiny_wan
+from models import OPTIONS, TOLERANCE, denoise, noise, prompt, tiny_wan
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import lite_compile
+from lite_compile import OptionValueError
+from lite_compile.kernels.select_kernel import HOPPER
 from lite_compile.layer_state import layer_states
 
+KERNELS = [
+    "triton",
+    pytest.param(
+        "hopper",
+        marks=pytest.mark.skipif(
+            not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper GPU"
+        ),
+    ),
+]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
@@ -26,21 +37,34 @@ def options(**more: Any) -> dict[str, Any]:
     return {**OPTIONS, "inner": "inductor", **more}
 
 
-def test_the_triton_kernel_is_used() -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_kernel_that_is_asked_for_is_used(kernel: str) -> None:
     model = tiny_wan()
-    denoise(torch.compile(model, backend="liteattention", options=options()), noise(0), [prompt(0)], 2)
+    run = torch.compile(model, backend="liteattention", options=options(kernel=kernel))
+    results = [denoise(run, noise(seed), [prompt(seed), prompt(9)], 6) for seed in (0, 1)]
     kernels = {site.kernel for site in lite_compile.report().graphs[-1].sites if site.rewritten}
-    assert kernels == {"triton"}
+    assert kernels == {kernel}
+    assert lite_compile.stats(model).density < 1
+    for seed, result in enumerate(results):
+        plain = denoise(tiny_wan(), noise(seed), [prompt(seed), prompt(9)], 6)
+        assert (result - plain).norm() < TOLERANCE * plain.norm()
 
 
-def test_cuda_graphs_are_captured_and_the_state_persists() -> None:
+def test_a_kernel_that_cannot_be_used_is_an_error() -> None:
+    run = torch.compile(tiny_wan(), backend="liteattention", options=options(kernel="cpu"))
+    with pytest.raises(OptionValueError, match=r"'kernel' is 'cpu'.*attn1.*'triton', 'hopper'"):
+        denoise(run, noise(0), [prompt(0)], 2)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
     """One CUDA-graph launch per call, and the same numbers and masks as without CUDA graphs."""
     results, masks = [], []
     for mode in ("default", "reduce-overhead"):
         torch._dynamo.reset()
         counters.clear()
         model = tiny_wan()
-        run = torch.compile(model, backend="liteattention", options=options(mode=mode))
+        run = torch.compile(model, backend="liteattention", options=options(mode=mode, kernel=kernel))
 
         def call(**kwargs: Any) -> Any:
             torch.compiler.cudagraph_mark_step_begin()
