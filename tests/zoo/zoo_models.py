@@ -25,7 +25,7 @@ from dits.video_dit import VideoDiT
 
 from lite_compile import Reason
 
-CROSS, MASK, SHORT = Reason.CROSS_ATTENTION, Reason.MASK, Reason.SHORT
+CROSS, MASK, SHORT, TEXT = Reason.CROSS_ATTENTION, Reason.MASK, Reason.SHORT, Reason.TEXT
 VIDEO = (1, 4, 4, 16, 16)
 """4 frames of 8x8 patches: 256 tokens."""
 IMAGE = (1, 4, 32, 32)
@@ -166,7 +166,7 @@ add_class(
     {
         **HUNYUAN, "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "pooled_projection_dim": 8,
     },
-    hunyuan, VIDEO, 0, {MASK: 3},
+    hunyuan, VIDEO, 2, {TEXT: 1},
 )  # fmt: skip
 add_class(
     "HunyuanVideoFramepackTransformer3DModel",
@@ -174,7 +174,7 @@ add_class(
         **HUNYUAN, "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "pooled_projection_dim": 8,
         "has_image_proj": True, "image_proj_dim": 16, "has_clean_x_embedder": True,
     },
-    framepack, VIDEO, 2, {MASK: 1}, graphs=4,
+    framepack, VIDEO, 2, {TEXT: 1}, graphs=4,
     note="the number of valid text tokens is a tensor, which breaks the graph",
 )  # fmt: skip
 add_class(
@@ -183,7 +183,7 @@ add_class(
         **HUNYUAN, "in_channels": 9, "out_channels": 4, "patch_size": 2, "text_embed_2_dim": 16,
         "image_embed_dim": 16, "num_layers": 2,
     },
-    hunyuan_15, VIDEO, 0, {MASK: 2}, graphs=3, note="all blocks share one graph",
+    hunyuan_15, VIDEO, 0, {TEXT: 1, MASK: 1}, graphs=3, note="all blocks share one graph",
 )  # fmt: skip
 add_class(
     "HunyuanImageTransformer2DModel",
@@ -191,7 +191,7 @@ add_class(
         **HUNYUAN, "in_channels": 4, "out_channels": 4, "num_single_layers": 1, "patch_size": (2, 2),
         "rope_axes_dim": (16, 16),
     },
-    masked_text, IMAGE, 0, {MASK: 3},
+    masked_text, IMAGE, 2, {TEXT: 1},
 )  # fmt: skip
 
 
@@ -337,7 +337,7 @@ add_class(
         "in_visual_dim": 4, "out_visual_dim": 4, "in_text_dim": 16, "in_text_dim2": 8, "time_dim": 32,
         "model_dim": 64, "ff_dim": 64, "num_text_blocks": 1, "num_visual_blocks": 2, "axes_dims": (8, 12, 12),
     },
-    kandinsky, (1, 4, 16, 16, 4), 2, {SHORT: 1, CROSS: 2}, note="the text's own attention is short",
+    kandinsky, (1, 4, 16, 16, 4), 2, {TEXT: 1, CROSS: 2},
 )  # fmt: skip
 add_class(
     "SanaVideoTransformer3DModel",
@@ -441,7 +441,7 @@ add_class(
         "in_channels": 8, "out_channels": 2, "num_layers": 2, "attention_head_dim": 32,
         "num_attention_heads": 2, "joint_attention_dim": 16, "axes_dims_rope": (8, 12, 12),
     },
-    qwen_image, TOKENS, 0, {MASK: 2},
+    qwen_image, TOKENS, 2,
 )  # fmt: skip
 add_class(
     "AuraFlowTransformer2DModel",
@@ -533,7 +533,7 @@ add_class(
         "num_attention_heads": 2, "num_kv_heads": 1, "multiple_of": 16, "axes_dim_rope": (8, 12, 12),
         "axes_lens": (32, 32, 32), "cap_feat_dim": 16,
     },
-    lambda x, t, prompt: masked_text(x, 1 - t / 1000, prompt), IMAGE, 3, {MASK: 1}, graphs=4,
+    lambda x, t, prompt: masked_text(x, 1 - t / 1000, prompt), IMAGE, 3, {TEXT: 1}, graphs=4,
     note="the rotary embedding breaks the graph; time rises",
 )  # fmt: skip
 add_class(
@@ -542,7 +542,7 @@ add_class(
         "sample_size": 32, "hidden_size": 64, "num_layers": 2, "num_attention_heads": 2, "num_kv_heads": 2,
         "multiple_of": 16, "ffn_dim_multiplier": 1.0, "cross_attention_dim": 16,
     },
-    lumina_next, IMAGE, 0, {MASK: 2, CROSS: 2}, note="time rises",
+    lumina_next, IMAGE, 2, {CROSS: 2}, note="time rises",
 )  # fmt: skip
 add_class(
     "ZImageTransformer2DModel",
@@ -550,7 +550,7 @@ add_class(
         "in_channels": 4, "dim": 64, "n_layers": 1, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
         "cap_feat_dim": 16, "axes_dims": [8, 12, 12], "axes_lens": [64, 32, 32],
     },
-    z_image, (1, 4, 1, 32, 32), 2, {SHORT: 1}, graphs=5,
+    z_image, (1, 4, 1, 32, 32), 2, {TEXT: 1}, graphs=5, skips=False,
     note="the first call makes the rotary tables, which breaks the graph; time rises",
 )  # fmt: skip
 add_class(
