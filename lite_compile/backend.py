@@ -81,7 +81,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
     sites = protect_tokens(graph, sites, clock, settings)
     sites += find_nested_attention(graph)
-    decisions = decide_attention(sites, description if clock is None else None, known)
+    per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
+    decisions = decide_attention(sites, description if clock is None else None, known, per_step)
     report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
     if not rewrites or clock is None:

@@ -56,13 +56,18 @@ class Decline:
 
 
 def decide_attention(
-    sites: Sequence[AttentionSite], missing_clock: str | None, options: Options
+    sites: Sequence[AttentionSite], missing_clock: str | None, options: Options, per_step: Sequence[fx.Node] = ()
 ) -> list[Rewrite | Decline]:
-    """One decision per site. `missing_clock` says what the clock lacks, or is None. The graph is not changed."""
+    """One decision per site. The graph is not changed.
+
+    Args:
+        missing_clock: what the clock lacks, or None.
+        per_step: inputs that change from step to step.
+    """
     decisions: list[Rewrite | Decline] = []
     device: torch.device | None = None
     for site in sites:
-        decision = _decide(site, missing_clock, options)
+        decision = _decide(site, missing_clock, options, per_step)
         if isinstance(decision, Rewrite):
             device = device or decision.device
             if decision.device != device:
@@ -71,7 +76,9 @@ def decide_attention(
     return decisions
 
 
-def _decide(site: AttentionSite, missing_clock: str | None, options: Options) -> Rewrite | Decline:
+def _decide(
+    site: AttentionSite, missing_clock: str | None, options: Options, per_step: Sequence[fx.Node]
+) -> Rewrite | Decline:
     if not options.names.allow(site.layer):
         return Decline(site, Reason.EXCLUDED)
     q, k, v = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.v)
@@ -100,7 +107,7 @@ def _decide(site: AttentionSite, missing_clock: str | None, options: Options) ->
         return Decline(site, Reason.SIZE)
     if site.declined is not None:
         return Decline(site, *site.declined)
-    key_bias = None if site.attn_mask is None else match_key_mask(site, q.shape[0], k.shape[2])
+    key_bias = None if site.attn_mask is None else match_key_mask(site, q.shape[0], k.shape[2], per_step)
     if isinstance(key_bias, Declined):
         return Decline(site, *key_bias)
     if site.is_causal is not False:

@@ -59,6 +59,11 @@ class ClockInputs:
     more_latents: tuple[fx.Node, ...] = ()
     """What is denoised together with `latents`: the rest of a list of images, the sound of a video."""
 
+    @property
+    def per_step(self) -> tuple[fx.Node, ...]:
+        """What changes from step to step."""
+        return (self.latents, *self.more_latents, self.timestep)
+
     def __str__(self) -> str:
         names = [argument_name(node) or node.name for node in (self.latents, self.timestep)]
         return f"latents from {names[0]!r}, timestep from {names[1]!r}, {len(self.conditions)} conditioning inputs"

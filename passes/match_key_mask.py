@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.utils._pytree import tree_leaves
 
 from ..decisions import Reason
 from .attention_site import AttentionSite, Declined
-from .graph_inputs import fake_tensor, special_kind
+from .graph_inputs import argument_name, fake_tensor, fake_value, size_hint, special_kind
 from .planned_nodes import Operand, PlannedNode, plan
 from .pointwise_steps import bias_that_hides, is_zero, writes
 
@@ -28,9 +30,8 @@ _FILLED = {
     torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones",
     "new_full",
 }  # fmt: skip
-_MAY_BE_VIEWS = {
-    "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "detach", "expand", operator.getitem,
-}  # fmt: skip
+_OF_THE_LIKE = {"to", "type_as", "expand_as", "view_as", "reshape_as"}
+"""Methods that take no more of their second argument than its dtype, device or shape."""
 _RESHAPES = {"view", "reshape", "unsqueeze", "squeeze", torch.unsqueeze, torch.squeeze, torch.reshape}
 _FROM_ROWS_ON = {
     1: (None,),
@@ -42,12 +43,19 @@ _FROM_ROWS_ON = {
 
 
 def match_key_mask(
-    site: AttentionSite, batch: int | torch.SymInt, k_len: int | torch.SymInt
+    site: AttentionSite,
+    batch: int | torch.SymInt,
+    k_len: int | torch.SymInt,
+    per_step: Collection[fx.Node] = (),
 ) -> Operand | Declined | None:
     """The float32 bias `[B | 1, Sk]` that the site's mask amounts to, None if it masks nothing, or why it is another.
 
     As for `scaled_dot_product_attention`, the mask is aligned with `[B, H, Sq, Sk]` from the right, True attends and
     floats are added to the scores.
+
+    Args:
+        per_step: inputs that change from step to step. A tile that is hidden at one step is skipped at the next, so a
+            mask may not be made from them.
     """
     mask = site.attn_mask
     fake = fake_tensor(mask)
@@ -64,6 +72,9 @@ def match_key_mask(
             return Declined(Reason.MASK, f"differs between {things}")
     if fake.dim() == 4 and not any(statically_known_true(fake.shape[0] == size) for size in (1, batch)):
         return Declined(Reason.MASK, f"its shape is {tuple(fake.shape)}")
+    changing = next((node for node in per_step if _is_made_from(mask, node)), None)
+    if changing is not None:
+        return Declined(Reason.MASK, f"changes with {argument_name(changing) or changing.name!r} from step to step")
     return _key_bias(mask)
 
 
@@ -98,10 +109,42 @@ def _is_constant(value: Any, dim: int) -> bool:
 
 def _is_written(value: Operand) -> bool:
     """Whether something writes to a tensor or to a view of it."""
-    if isinstance(value, PlannedNode):
-        return False
-    views = (user for user in value.users if user.target in _RESHAPES or user.target in _MAY_BE_VIEWS)
-    return any(map(writes, value.users)) or any(map(_is_written, views))
+    return any(True for _ in _writers(value))
+
+
+def _writers(value: Operand) -> Iterator[fx.Node]:
+    """What writes to a tensor or to a view of it."""
+    memory = _storages(value)
+    for user in () if isinstance(value, PlannedNode) else value.users:
+        if writes(user):
+            yield user
+        elif memory & _storages(user):
+            yield from _writers(user)
+
+
+def _storages(node: Operand) -> set[int]:
+    """What memory the results of a node lie in; views lie in that of their base."""
+    return {x.untyped_storage()._cdata for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor)}
+
+
+def _is_made_from(value: Operand, source: fx.Node) -> bool:
+    """Whether a tensor depends on what `source` holds, beyond its shape and dtype."""
+    pending, seen = [value], {value}
+    for current in pending:
+        if current is source:
+            return True
+        operands = [*_read_by(current), *(x for writer in _writers(current) for x in writer.all_input_nodes)]
+        pending += [x for x in dict.fromkeys(operands) if x not in seen]
+        seen.update(operands)
+    return False
+
+
+def _read_by(node: Operand) -> list[Operand]:
+    """Operands of a call whose elements it looks at."""
+    size = fake_value(node)
+    if node.target in _FILLED or (isinstance(size, int | torch.SymInt) and size_hint(size) is not None):
+        return []
+    return [*node.all_input_nodes][: 1 if node.target in _OF_THE_LIKE else None]
 
 
 def _is_plain_index(value: Operand) -> bool:

@@ -53,6 +53,7 @@ _WRITES = {
     operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
     operator.ilshift, operator.irshift,
 }  # fmt: skip
+_WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -200,7 +201,7 @@ def _never_written(zeros: fx.Node, reader: fx.Node | None) -> bool:
         elif user.target in _ADD_IN_PLACE:
             if user.args[0] is zeros:
                 return False
-        elif user.target not in _ADD and user.target not in BADDBMM:
+        elif writes(user) or (user.target not in _ADD and user.target not in BADDBMM):
             return False
     return True
 
@@ -209,7 +210,7 @@ def writes(node: fx.Node) -> bool:
     """Whether a node may change a tensor that others see."""
     target = node.target
     if node.op == "call_method":
-        return str(target).endswith("_") and not str(target).endswith("__")
+        return target in _WRITING_METHODS or (str(target).endswith("_") and not str(target).endswith("__"))
     if node.op != "call_function":
         return node.op == "call_module"
     if isinstance(target, torch._ops.OpOverload):

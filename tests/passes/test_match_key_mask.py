@@ -97,8 +97,6 @@ DECLINED: dict[str, tuple[Attend, str]] = {
     "causal": (sdpa(lambda mask: torch.ones(TOKENS, TOKENS, dtype=torch.bool).tril()), "differs between rows"),
     "heads": (sdpa(lambda mask: mask[:, None]), "differs between heads"),
     "heads_of_batch": (sdpa(lambda mask: mask[None, :, None]), "differs between heads"),
-    "written_to": (sdpa(lambda mask: _written_to(torch.zeros(TOKENS, TOKENS))), "differs between rows"),
-    "written_to_a_view": (sdpa(lambda mask: _written_to_a_view(torch.zeros(TOKENS, TOKENS))), "differs between rows"),
     "one_key": (sdpa(lambda mask: mask[:, :1, None, None]), "its shape is"),
     "causal_fill": (
         written(lambda scores, mask: scores.masked_fill(torch.ones(TOKENS, TOKENS).triu(1) == 1, -1e9)),
@@ -119,14 +117,32 @@ DECLINED: dict[str, tuple[Attend, str]] = {
 }  # fmt: skip
 
 
-def _written_to(mask: Tensor) -> Tensor:
-    mask[:5, :7] = -10.0
-    return mask
+WRITES: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda mask: mask[:, :, :5, :7].fill_(-10.0),
+    "sum": lambda mask: mask.add_(torch.ones(TOKENS, TOKENS).tril()),
+    "sum_as_method": lambda mask: mask.__iadd__(torch.ones(TOKENS, TOKENS).tril()),
+    "sum_as_output": lambda mask: torch.add(mask, torch.ones(TOKENS, TOKENS).tril(), out=mask),
+    "flat_view": lambda mask: mask.float().view(-1)[:7].fill_(-10.0),
+    "diagonal": lambda mask: mask.diagonal(dim1=-2, dim2=-1).fill_(-10.0),
+    "transposed": lambda mask: mask.mT[..., :5].fill_(-10.0),
+    "selected_row": lambda mask: mask.select(2, 3).fill_(-10.0),
+    "one_of_many": lambda mask: mask.unbind(2)[3].fill_(-10.0),
+    "half": lambda mask: mask.chunk(2, 2)[0].fill_(-10.0),
+}
 
 
-def _written_to_a_view(mask: Tensor) -> Tensor:
-    mask.float().view(-1)[:7].fill_(-10.0)
-    return mask
+@pytest.mark.parametrize("start", ["zeros", "expanded"])
+@pytest.mark.parametrize("name", WRITES)
+def test_a_mask_that_is_written_to_stays_dense(name: str, start: str) -> None:
+    def make(mask: Tensor) -> Tensor:
+        whole = keys(additive(mask)).expand(-1, 1, TOKENS, -1).clone()
+        made = torch.zeros_like(whole) if start == "zeros" else whole
+        WRITES[name](made)
+        return made
+
+    (site,) = rewrite_graph(capture(Padded(sdpa(make)), *arguments()), OPTIONS)[2].sites
+    assert site.reason is Reason.MASK
+    assert "differs between rows" in site.detail
 
 
 def arguments() -> tuple[Tensor, ...]:
@@ -157,6 +173,48 @@ def test_what_stays_dense(name: str) -> None:
     (site,) = found.sites
     assert site.reason is Reason.MASK
     assert detail in site.detail
+
+
+def block_in_turn(timestep: Tensor) -> Tensor:
+    """All keys but a block of them, another one at each step."""
+    return keys(torch.arange(TOKENS) // 8 != timestep[:, None] // 100)
+
+
+def written_in_turn(timestep: Tensor) -> Tensor:
+    mask = torch.zeros(BATCH, 1, 1, TOKENS)
+    mask[..., :8] = timestep[:, None, None, None]
+    return mask
+
+
+@pytest.mark.parametrize("make", [block_in_turn, written_in_turn, lambda timestep: block_in_turn(timestep).to(timestep)])
+def test_a_mask_that_changes_from_step_to_step_stays_dense(make: Callable[[Tensor], Tensor]) -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padded = Padded(sdpa(lambda mask: mask))
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+            return self.padded(hidden_states, timestep, prompt, make(timestep))
+
+    (site,) = rewrite_graph(capture(Changing(), *random_inputs(batch=BATCH)), OPTIONS)[2].sites
+    assert site.reason is Reason.MASK
+    assert site.detail == "changes with 'timestep' from step to step"
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_mask_may_take_shape_and_dtype_from_latents(dynamic: bool) -> None:
+    class Shaped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.padded = Padded(sdpa(lambda mask: mask))
+
+        def forward(self, hidden_states: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+            ones = hidden_states.new_ones(hidden_states.shape[:2]) * hidden_states.shape[1]
+            mask = torch.where(prompt[..., 0] > 0, ones, torch.zeros_like(hidden_states)[..., 0]).type_as(hidden_states)
+            return self.padded(hidden_states, timestep, prompt, keys(mask))
+
+    (site,) = rewrite_graph(capture(Shaped(), *random_inputs(batch=BATCH), dynamic=dynamic), OPTIONS)[2].sites
+    assert site.rewritten, str(site)
 
 
 @pytest.mark.parametrize("make", [keys, lambda mask: keys(additive(mask))], ids=["bool", "additive"])
