@@ -218,15 +218,18 @@ def attend_hopper(
 
     Args:
         q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: bfloat16 or float16, D <= 128 and a multiple of 8, Hkv divides H.
-            Any strides; what TMA cannot address (a last stride other than 1, others no multiples of 8) costs a copy.
+            Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
         key_bias: None; this kernel has no place for it.
-        state, now, scale, threshold, out, lse, protected: as in `attend_triton`.
+        out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
+        state, now, scale, threshold, lse, protected: as in `attend_triton`.
     """
     if tile != HOPPER_TILE or key_bias is not None:
         raise ValueError(
             f"tile is {tuple(tile)}, key_bias {key_bias is not None}; allowed: {tuple(HOPPER_TILE)}, False"
         )
+    if not is_addressable(out):
+        raise ValueError(f"out has strides {out.stride()}, address {out.data_ptr():#x}; allowed: what TMA can write to")
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
     if scale <= 0:
@@ -254,17 +257,22 @@ def attend_hopper(
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of `x` `[B, H, S, D]` for blocks of `rows` rows of one head, 64 or 128 columns wide."""
-    aligned = x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3])
-    if x.stride(3) != 1 or not aligned:
-        x = x.contiguous()
+    """TMA descriptor of `x` `[B, H, S, D]`, or of a copy, for blocks of `rows` rows of one head."""
+    if not is_addressable(x):
+        x = x.clone(memory_format=torch.contiguous_format)
     # A dimension of one element is never stepped over, and may have any stride.
     strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
     return TensorDescriptor(x, list(x.shape), [*strides, 1], *block_layout(x.dtype, rows, x.shape[-1]))
 
 
+def is_addressable(x: Tensor) -> bool:
+    """Whether TMA can read and write `x` `[B, H, S, D]` (16 bits) where it is: by addresses that are multiples of 16."""
+    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
+
+
 def block_layout(dtype: torch.dtype, rows: int, head_dim: int) -> tuple[list[int], gl.NVMMASharedLayout]:
-    """Shape and layout of such a block in shared memory."""
+    """Shape and layout in shared memory of `rows` rows of one head, 64 or 128 columns wide."""
     columns = 64 if head_dim <= 64 else 128
     layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=4)
     return [1, 1, rows, columns], layout

@@ -71,6 +71,30 @@ def test_compiles_for_hopper(dtype: torch.dtype, head_dim: int, even_k: bool, ha
         assert build.spilled_bytes <= (0 if head_dim <= 64 else 128)
 
 
+ROWS = torch.arange(2 * 70 * 3 * 64).view(2, 70, 3, 64).to(BF16)
+
+
+@pytest.mark.parametrize(
+    ("x", "in_place"),
+    [
+        (ROWS.transpose(1, 2), True),
+        (ROWS[:1, :1].transpose(1, 2), True),
+        (ROWS.transpose(1, 2)[..., :32], True),
+        (ROWS.flatten()[3 : 3 + 64].view(1, 1, 1, 64), False),
+        (ROWS.flatten()[1 : 1 + 2 * 5 * 64].view(1, 2, 5, 64), False),
+        (ROWS.transpose(1, 2).mT[..., :64], False),
+        (ROWS[:, :, :1].expand(2, 70, 3, 64), False),
+        (torch.zeros(2, 3, 7, 68, dtype=BF16)[..., :64], False),
+    ],
+)  # fmt: skip
+def test_descriptors_are_of_what_tma_can_address(x: torch.Tensor, in_place: bool) -> None:
+    described = attend_hopper._descriptor(x, 64)
+    assert (described.base is x) is in_place
+    assert attend_hopper.is_addressable(described.base)
+    assert all(stride * x.itemsize % 16 == 0 for stride in described.strides[:-1])
+    assert torch.equal(described.base, x)
+
+
 @pytest.mark.parametrize("name", ["list_visits", "record_visits"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_lists_compile(name: str, arch: int) -> None:
