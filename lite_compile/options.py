@@ -39,7 +39,7 @@ def nearest(name: str, known: Iterable[str]) -> str:
 
 
 def _threshold(name: str, value: Any) -> float:
-    allowed = "a number <= 0 in log2 units, for example -10.0; -inf never skips"
+    allowed = "a number <= 0 in log2 units, for example -10.0; -inf skips only what a mask hides"
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise _wrong_type(name, value, allowed)
     try:
@@ -172,7 +172,7 @@ class Options:
         -10.0,
         _threshold,
         "How far below the running maximum of each of its rows a tile of QK^T must lie to be skipped from the next "
-        "step on, in log2 units (<= 0). More negative is more careful; -inf never skips.",
+        "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides.",
     )
     min_seq_len: int = _option(1024, _integer(1, 2**31 - 1), "Attention over fewer tokens than this stays dense.")
     max_streams: int = _option(
