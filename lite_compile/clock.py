@@ -36,6 +36,11 @@ RISING_COSINE = 0.9
 
 Most times fall, and then a rise is a new generation.
 """
+PERHAPS_RISING = 2
+"""What `DIRECTION`, else -1, 0 or 1, is if a generation began where time rose and the latents moved further than that.
+
+If that was a second step, a fall would be the restart of the run.
+"""
 MAX_ENTRIES = 32
 """Batch entries are judged one by one; of more than this many, neighbours are judged together."""
 
@@ -173,10 +178,12 @@ def advance(
     condition = identify(conditions, clock.device)
     known_now = (known == condition).all(1)
 
-    direction = delta.sign().int()
-    unknown = (clock[DIRECTION] == 0) & ((delta < 0) | (cosine >= RISING_COSINE))
-    onwards = (direction != 0) & (unknown | (direction == clock[DIRECTION]))
-    next_step = moved & onwards & (cosine >= NEXT_STEP_COSINE)
+    moved_on = moved & (cosine >= NEXT_STEP_COSINE)
+    direction = clock[DIRECTION]
+    falls = (delta < 0) & ((direction == 0) | (direction == -1))
+    rises = (delta > 0) & ((direction == 1) | ((direction != -1) & (cosine >= RISING_COSINE)))
+    next_step = moved_on & (falls | rises)
+    perhaps_rising = moved_on & (delta > 0) & ((direction == 0) | (direction == PERHAPS_RISING))
     # A timestep may be evaluated twice, but not the first one of a generation: that would be a restart.
     again = moved & (delta == 0) & (cosine >= SAME_TIMESTEP_COSINE) & (clock[STEP] > 0)
     # The first step under the same conditioning once more: a run that was aborted begins anew.
@@ -214,7 +221,9 @@ def advance(
         NUMEL: torch.full_like(step, numel),
         EPOCH: epoch_count,
         UNDECIDED: undecided,
-        DIRECTION: torch.where(new, 0, torch.where(next_step, direction, clock[DIRECTION])),
+        DIRECTION: torch.where(
+            new, PERHAPS_RISING * perhaps_rising.int(), torch.where(next_step, delta.sign().int(), direction)
+        ),
     }
     updated = torch.cat(
         [

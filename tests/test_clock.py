@@ -116,6 +116,16 @@ def test_a_rise_after_one_step_needs_latents_that_hardly_moved() -> None:
     assert clock.call(0.5 * video + 0.5 * noise(2), 500.0, P) == (2, 0, 0)
 
 
+@pytest.mark.parametrize("steps", [2, 3])
+def test_rising_runs_of_a_few_steps_that_begin_anew_are_new_generations(steps: int) -> None:
+    """Their second step moves so far that it counts as a new generation; a restart is not the next step after it."""
+    times = [1000 * step / steps for step in range(2)]
+    clock, (x, y) = Clock(), trajectory(0, [1000 - t for t in times])
+    for run in range(3):
+        assert clock.call(x, times[0], P) == (2 * run + 1, 0, 0)
+        assert clock.call(y, times[1], P) == (2 * run + 2, 0, 0)
+
+
 def test_latents_that_are_denoised_together_are_judged_together() -> None:
     video, sound = trajectory(0, TIMES), [x[:, :, 0] for x in trajectory(1, TIMES)]
     clock = Clock()
