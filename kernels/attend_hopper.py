@@ -266,7 +266,7 @@ def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
 
 
 def is_addressable(x: Tensor) -> bool:
-    """Whether TMA can read and write `x` `[B, H, S, D]` (16 bits) where it is: by addresses that are multiples of 16."""
+    """Whether TMA can read and write `x` `[B, H, S, D]` in 16 bits where it is: at addresses of multiples of 16."""
     strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
     return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
 

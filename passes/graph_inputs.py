@@ -13,6 +13,7 @@ from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+from torch.utils._pytree import tree_leaves
 
 from .planned_nodes import Operand, PlannedNode
 
@@ -31,6 +32,11 @@ def fake_tensor(node: object) -> torch.Tensor | None:
     """`fake_value` where it is a tensor."""
     value = fake_value(node) if isinstance(node, fx.Node | PlannedNode) else None
     return value if isinstance(value, torch.Tensor) else None
+
+
+def storages(node: Operand) -> set[int]:
+    """What memory the results of a node lie in; views lie in that of their base."""
+    return {x.untyped_storage()._cdata for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor)}
 
 
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:

@@ -9,11 +9,10 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
-from torch.utils._pytree import tree_leaves
 
 from ..decisions import Reason
 from .attention_site import AttentionSite, Declined
-from .graph_inputs import argument_name, fake_tensor, fake_value, size_hint, special_kind
+from .graph_inputs import argument_name, fake_tensor, fake_value, size_hint, special_kind, storages
 from .planned_nodes import Operand, PlannedNode, plan
 from .pointwise_steps import bias_that_hides, is_zero, writes
 
@@ -114,17 +113,12 @@ def _is_written(value: Operand) -> bool:
 
 def _writers(value: Operand) -> Iterator[fx.Node]:
     """What writes to a tensor or to a view of it."""
-    memory = _storages(value)
+    memory = storages(value)
     for user in () if isinstance(value, PlannedNode) else value.users:
         if writes(user):
             yield user
-        elif memory & _storages(user):
+        elif memory & storages(user):
             yield from _writers(user)
-
-
-def _storages(node: Operand) -> set[int]:
-    """What memory the results of a node lie in; views lie in that of their base."""
-    return {x.untyped_storage()._cdata for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor)}
 
 
 def _is_made_from(value: Operand, source: fx.Node) -> bool:

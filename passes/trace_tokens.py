@@ -11,7 +11,7 @@ import torch
 from torch import fx
 
 from .attention_site import AttentionSite
-from .graph_inputs import fake_tensor
+from .graph_inputs import fake_tensor, storages
 from .move_tokens import (
     SPLITS,
     argument,
@@ -27,7 +27,7 @@ from .move_tokens import (
     split_part,
 )
 from .planned_nodes import Operand, PlannedNode, plan
-from .pointwise_steps import same_shape
+from .pointwise_steps import same_shape, writes
 from .token_roles import (
     Joint,
     Lost,
@@ -44,6 +44,9 @@ from .trace_product import as_product
 from .trace_projections import is_product
 
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
+_SCATTERS = {"index_copy_", "index_add_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "put_"}
+_REPLACES = {"copy_", *_SCATTERS}
+"""What is written by these does not mix with what was there."""
 _CATS = {"cat", "concat", "concatenate"}
 
 
@@ -63,6 +66,8 @@ class TokenTrace:
                 self._write(node, *node.args)
             elif node.op in ("call_function", "call_method"):
                 self._tokens[node] = self._attended(attention[node]) if node in attention else self._infer(node)
+                if writes(node):
+                    self._write_in_place(node)
 
     def __getitem__(self, operand: object) -> Tokens:
         if isinstance(operand, PlannedNode) and operand not in self._tokens:
@@ -171,9 +176,39 @@ class TokenTrace:
             return
         items = expand_index(index, shape)
         if gathers(items):
-            self._tokens[target] = new if old in (None, new) and isinstance(new, Role) else Lost(node)
+            self._mix(node, target, new)
         elif not same_tokens(self[plan(operator.getitem, target, index)], new):
             self._tokens[target] = self._overwritten(node, target, items, new)
+
+    def _write_in_place(self, node: fx.Node) -> None:
+        """`target.copy_(value)` and the like: `node` is the target from then on."""
+        target: Any = node.args[0] if node.args else None
+        replaces = function_name(node) in _REPLACES
+        others = [x for x in node.all_input_nodes if x is not target and self[x] is not None] if replaces else [node]
+        if fake_tensor(target) is None or not others or same_tokens(self[target], self[others[0]]):
+            return
+        value, source = others[0], self._viewed(target)
+        if function_name(node) in _SCATTERS:
+            self._mix(node, target, self[value])
+        elif target.target is operator.getitem and source is not None:
+            self._write(node, source, target.args[1], value)
+        else:
+            self._tokens[target] = self[value]
+            while source is not None:
+                self._mix(node, source, self[value])
+                source = self._viewed(source)
+
+    @staticmethod
+    def _viewed(view: Operand) -> Operand | None:
+        """What a tensor is a view of."""
+        source = view.args[0] if view.args else None
+        if not isinstance(source, fx.Node) or fake_tensor(source) is None or storages(source) != storages(view):
+            return None
+        return source
+
+    def _mix(self, node: fx.Node, target: Operand, new: Tokens) -> None:
+        """Tokens are written to places of `target` that cannot be told."""
+        self._tokens[target] = new if self[target] in (None, new) and isinstance(new, Role) else Lost(node)
 
     def _overwritten(self, node: fx.Node, target: Operand, items: Sequence[Any], new: Tokens) -> Tokens:
         shape = fake_tensor(target)

@@ -183,6 +183,28 @@ def filled_buffer(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(joint)[:, text.shape[1] :]
 
 
+def copied_into_a_buffer(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    joint = video.new_zeros(video.shape[0], text.shape[1] + video.shape[1], DIM)
+    joint[:, : text.shape[1]].copy_(text)
+    joint[:, text.shape[1] :].add_(video)
+    return m.attn(joint)[:, text.shape[1] :]
+
+
+def copied_last_into_a_buffer(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    joint = video.new_zeros(video.shape[0], video.shape[1] + text.shape[1], DIM)
+    joint[:, : video.shape[1]].copy_(video)
+    joint[:, video.shape[1] :].copy_(text)
+    return m.attn(joint)[:, : video.shape[1]]
+
+
+def copied_into_a_view(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    """Not followed: that the rest is dropped after the attention tells what is text."""
+    joint = video.new_zeros(video.shape[0], text.shape[1] + video.shape[1], DIM)
+    joint.narrow(1, 0, text.shape[1]).copy_(text)
+    joint.narrow(1, text.shape[1], video.shape[1]).copy_(video)
+    return video + m.attn(joint)[:, text.shape[1] :]
+
+
 def unknown_function_before(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     """Padding is not followed; the split after the attention and the residual tell what is what."""
     joint = F.pad(torch.cat([text, video], 1), (0, 0, 0, 8))
@@ -216,6 +238,9 @@ LAYOUTS: dict[Layout, list[list[tuple[int, int]]]] = {
     register_tokens: [FIRST],
     frames_and_text: [FIRST],
     filled_buffer: [FIRST],
+    copied_into_a_buffer: [FIRST],
+    copied_last_into_a_buffer: [LAST],
+    copied_into_a_view: [FIRST],
     unknown_function_before: [[(0, TEXT), (TEXT + VIDEO, TEXT + VIDEO + 8)]],
     unknown_function_and_two_residuals: [LAST],
 }
@@ -257,6 +282,18 @@ def overwritten_buffer(m: Joint, video: Tensor, text: Tensor) -> Tensor:
 def test_what_is_written_over_other_tokens_counts() -> None:
     (site,) = find(Joint(overwritten_buffer), *example())
     assert ranges(site) == [(0, TEXT), (TEXT + 5, 2 * TEXT), (2 * TEXT + VIDEO - 2, 2 * TEXT + VIDEO)]
+
+
+def test_a_buffer_of_scattered_tokens_stays_dense() -> None:
+    def scattered(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+        joint = video.new_zeros(video.shape[0], TEXT + VIDEO, DIM)
+        joint.index_copy_(1, torch.arange(TEXT), text)
+        joint.index_copy_(1, torch.arange(TEXT, TEXT + VIDEO), video)
+        return m.attn(joint)
+
+    (site,) = find(Joint(scattered), *example())
+    assert declined(site).reason is Reason.JOINT
+    assert "index_copy_" in declined(site).detail
 
 
 @pytest.mark.parametrize("layout", [text_last, many_blocks_later, frames_and_text, unknown_function_before])

@@ -186,7 +186,9 @@ def written_in_turn(timestep: Tensor) -> Tensor:
     return mask
 
 
-@pytest.mark.parametrize("make", [block_in_turn, written_in_turn, lambda timestep: block_in_turn(timestep).to(timestep)])
+@pytest.mark.parametrize(
+    "make", [block_in_turn, written_in_turn, lambda timestep: block_in_turn(timestep).to(timestep)]
+)
 def test_a_mask_that_changes_from_step_to_step_stays_dense(make: Callable[[Tensor], Tensor]) -> None:
     class Changing(nn.Module):
         def __init__(self) -> None:
