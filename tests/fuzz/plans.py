@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +19,7 @@ OVER_KEYS = ("none", "zeros", "keys", "keys_expanded", "keys_of_all")
 
 @dataclass(frozen=True)
 class Plan:
-    """A denoiser with attention in one way of writing it. `build(Plan(...))` of its repr is the same model."""
+    """A denoiser with attention written in one way. `build` makes the same model of what is printed."""
 
     product: str = "sdpa"
     """One of `SDPA`, or what the two products of hand-written attention are: one of `WRITTEN`."""
@@ -59,11 +58,6 @@ class Plan:
     """What is changed in place: q_before, q_meanwhile, v_meanwhile, q_after, scores, scores_by_statement, output."""
     dynamic: bool | None = None
 
-    def __repr__(self) -> str:
-        values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        changed = [f"{f.name}={values[f.name]!r}" for f in dataclasses.fields(self) if values[f.name] != f.default]
-        return f"Plan({', '.join(changed)})"
-
     @property
     def hand_written(self) -> bool:
         return self.product in WRITTEN
@@ -91,8 +85,8 @@ def allowed_decisions(plan: Plan) -> set[Reason | None]:
         Reason.RANK: not plan.hand_written and plan.layout == "folded",
     }
     cautious = {
-        # A write to q may be one to what k was copied from.
-        Reason.VARIANT: plan.hand_written and plan.written in ("q_before", "v_meanwhile"),
+        # A write to anything may be one to what q, k or v was computed from.
+        Reason.VARIANT: plan.hand_written and (plan.written in ("q_before", "v_meanwhile") or plan.mask == "filled"),
         # Whether masks of heads in the batch, or rows that were written to, are alike is not seen.
         Reason.MASK: plan.mask == "filled" or (plan.layout == "folded" and plan.mask != "none"),
         # A scale that is a symbol stays where it is, and so does the upcast above it.

@@ -114,9 +114,3 @@ def test_a_broken_pass_is_noticed(plan: Plan, broken: str, monkeypatch: pytest.M
     monkeypatch.setitem(globals(), "was_rewritten", lambda plan: True)  # it would notice first
     with pytest.raises(AssertionError):
         assert_computes_the_same(plan)
-
-
-def test_a_plan_prints_as_what_makes_it() -> None:
-    plan = Plan(product="bmm", layout="folded", mask="keys", dynamic=True)
-    assert repr(plan) == "Plan(product='bmm', layout='folded', mask='keys', dynamic=True)"
-    assert eval(repr(plan)) == plan
