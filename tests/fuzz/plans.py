@@ -123,7 +123,10 @@ def plans(draw: st.DrawFn, products: tuple[str, ...] = (*SDPA, *WRITTEN), **fixe
     upcasts = ("scores", "argument", "q_and_k", "everything") if hand_written else ("nothing",)
     masks = (*OVER_KEYS, "filled", "rows", "heads", "causal", *(() if hand_written else ("is_causal",)))
     used = ("q", "k", "v", "output", *(("scores", "weights") if hand_written else ()))
-    meanwhile = ("q_meanwhile", "v_meanwhile", "scores", "scores_by_statement") if hand_written else ()
+    repeat = draw(st.sampled_from(["interleave", "expand", *(["broadcast"] if may_broadcast else [])]))
+    meanwhile = ("q_meanwhile", "scores", "scores_by_statement") if hand_written else ()
+    if hand_written and repeat != "expand":  # expanded heads may share their memory, which cannot be written to then
+        meanwhile = (*meanwhile, "v_meanwhile")
     fields: dict[str, Any] = {
         "product": product,
         "layout": layout,
@@ -135,7 +138,7 @@ def plans(draw: st.DrawFn, products: tuple[str, ...] = (*SDPA, *WRITTEN), **fixe
         "layers": draw(_mostly(1, 2)),
         "heads": heads,
         "kv_heads": kv_heads,
-        "repeat": draw(st.sampled_from(["interleave", "expand", *(["broadcast"] if may_broadcast else [])])),
+        "repeat": repeat,
         "head_dim": draw(_mostly(16, 8, 24, 32)),
         "dtype": dtype,
         "autocast": draw(_mostly(None, "float16", "bfloat16")) if dtype == "float32" else None,
