@@ -25,7 +25,7 @@ demo: $(STAMP)  ## compare Inductor alone with backend="liteattention" on a Wan 
 test: lint types  ## everything that runs without a GPU: ruff, mypy, pytest (PYTEST_ARGS="-k clock")
 	$(BIN)/python -m pytest -n auto --maxprocesses 8 $(PYTEST_ARGS)
 
-test-slow: $(STAMP)  ## the tests that take minutes each: what the trained model can do (a GPU is used when there is one)
+test-slow: $(STAMP)  ## the tests that take minutes: a trained model's results, 2,000 random attentions (a GPU is used if there is one)
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 lint: $(STAMP)  ## ruff check and ruff format --check
