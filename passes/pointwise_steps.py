@@ -54,6 +54,8 @@ _WRITES = {
     operator.ilshift, operator.irshift,
 }  # fmt: skip
 _WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES}
+_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
+"""Their underscore only keeps them apart from keywords."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -220,7 +222,7 @@ def writes(node: fx.Node) -> bool:
     name = getattr(target, "__name__", "")
     return (
         target in _WRITES
-        or (name.endswith("_") and not name.endswith("__"))
+        or (name.endswith("_") and not name.endswith("__") and target not in _NAMED_LIKE_WRITES)
         or node.kwargs.get("out") is not None
         or _is_asked_to_write(node)
         or isinstance(target, torch._ops.HigherOrderOperator)

@@ -80,6 +80,8 @@ def set_a_row(x: Tensor) -> None:
         (lambda x: torch.ops.aten.add_(x, x), True),
         (lambda x: x.add(1.0), False),
         (lambda x: ~(x > 0), False),
+        (lambda x: (x > 0) | (x < -1), False),
+        (lambda x: (x > 0) & (x < 1), False),
         (lambda x: x[torch.tensor(1) : 3], False),
         (lambda x: torch.relu(x), False),
         (lambda x: F.relu(x, False), False),
