@@ -9,6 +9,7 @@ from contextlib import nullcontext
 import pytest
 import torch
 import torch.nn.functional as F
+from gpu_kernels import KERNELS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -32,15 +33,6 @@ SHAPES = [  # batch, heads, q_len, k_len, head_dim
     (1, 2, 515, 515, 256),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-KERNELS = [
-    "triton",
-    pytest.param(
-        "hopper",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper GPU"
-        ),
-    ),
-]
 
 
 def serves(kernel: str, dtype: torch.dtype, dim: int) -> bool:

@@ -6,24 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+from gpu_kernels import KERNELS
 from models import OPTIONS, TOLERANCE, denoise, noise, prompt, tiny_wan
 from torch._dynamo.utils import counters
 from torch.profiler import ProfilerActivity, profile
 
 import lite_compile
 from lite_compile import OptionValueError
-from lite_compile.kernels.select_kernel import HOPPER
 from lite_compile.layer_state import layer_states
 
-KERNELS = [
-    "triton",
-    pytest.param(
-        "hopper",
-        marks=pytest.mark.skipif(
-            not torch.cuda.is_available() or torch.cuda.get_device_capability() != HOPPER, reason="needs a Hopper GPU"
-        ),
-    ),
-]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
