@@ -28,8 +28,7 @@ def select_kernel(
     """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none.
 
     Args:
-        wanted: name of the only kernel that may be taken, or "auto": the portable kernel on CUDA devices. The one for
-            Hopper is faster, but has to be asked for until its results under CUDA graphs are understood.
+        wanted: name of the only kernel that may be taken, or "auto": the fastest that can be.
         biased: whether a bias per key is added to the scores.
     """
     if device.type == "cpu":
@@ -48,13 +47,14 @@ def select_kernel(
     missing = _missing(wanted, device, "triton", "hopper")
     if missing is not None:
         return missing
-    if wanted == "hopper":
+    if wanted != "triton":
         obstacle = hopper_obstacle(capability, dtype, head_dim, biased)
-        if obstacle is not None:
-            return obstacle
-        from .attend_hopper import HOPPER_TILE
+        if obstacle is None:
+            from .attend_hopper import HOPPER_TILE
 
-        return Kernel("hopper", HOPPER_TILE)
+            return Kernel("hopper", HOPPER_TILE)
+        if wanted == "hopper":
+            return obstacle
     from .attend_triton import triton_tile
 
     return Kernel("triton", triton_tile(capability, dtype, head_dim))

@@ -186,9 +186,9 @@ class Options:
     kernel: KernelName = _option(
         "auto",
         _one_of("auto", "hopper", "triton", "cpu"),
-        "Which kernel computes the rewritten attention. 'auto' takes 'cpu' or the portable 'triton'; 'hopper', for "
-        "GPUs of compute capability 9.0, is faster and has to be asked for. Compiling raises an error where the one "
-        "asked for cannot be used.",
+        "Which kernel computes the rewritten attention. 'auto' takes 'hopper' where it can (compute capability 9.0, 16 "
+        "bits, head dims up to 128, no attention mask), else the portable 'triton', and 'cpu' on CPUs. Compiling "
+        "raises an error where the one asked for cannot be used.",
     )
     protect: tuple[Positions, ...] | Literal["auto"] = _option(
         "auto",
