@@ -139,7 +139,7 @@ def _decide(
         return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
     if not isinstance(protection, Protection):
         return Decline(site, *protection)
-    kernel = select_kernel(q.device, q.dtype, dim, options.kernel, biased=key_bias is not None)
+    kernel = select_kernel(q.device, q.dtype, dim, options.kernel)
     if isinstance(kernel, str):
         if options.kernel != "auto":
             raise OptionValueError(f"liteattention option 'kernel' is {options.kernel!r}; {site.layer}: {kernel}")
