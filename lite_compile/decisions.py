@@ -11,6 +11,8 @@ from enum import Enum
 
 from torch._guards import CompileContext
 
+from .options import Options
+
 
 class Reason(Enum):
     """Why an attention was left dense. The value is what the report prints."""
@@ -77,6 +79,8 @@ class GraphReport:
     sites: tuple[SiteReport, ...]
     clock: str
     """Where the step clock reads latents and timestep, or why there is none."""
+    options: Options | None = None
+    """What the graph was compiled with."""
 
     def __str__(self) -> str:
         return str(Report((self,)))
