@@ -12,7 +12,7 @@ from .control import check_model
 from .decisions import format_table
 from .density_history import read_history
 from .layer_state import LayerState, layer_states
-from .skip_state import COMPUTED_WORD, EPOCH_WORD, row_layout, tile_count, unpack_bits
+from .skip_state import COMPUTED_WORD, EPOCH_WORD, skipped_tiles, tile_count
 
 
 @dataclass(frozen=True)
@@ -72,10 +72,8 @@ def stats(model: nn.Module | None = None) -> Stats:
 def skip_mask(state: LayerState, stream: int) -> Tensor:
     """bool `[B, H, q_tiles, k_tiles]`: the tiles that the stream's next call will skip."""
     k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
-    rows = state.state[stream].cpu()
     epoch = int(slot_table(state.clock.cpu(), state.max_streams)[2, stream])
-    mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
-    return mask & (rows[..., EPOCH_WORD] == epoch)[..., None]
+    return skipped_tiles(state.state[stream].cpu(), epoch, k_tiles)
 
 
 def _streams(state: LayerState) -> list[StreamStats]:
