@@ -14,6 +14,7 @@ from .passes.attention_site import AttentionSite, Declined, Spelling
 from .passes.planned_nodes import plan
 from .passes.spelling_registry import register_spelling, unregister_spelling
 from .plots import plot, plot_attention
+from .run_report import save_report
 
 __all__ = [
     "AttentionCall",
@@ -40,6 +41,7 @@ __all__ = [
     "register_spelling",
     "report",
     "reset",
+    "save_report",
     "stats",
     "unregister_spelling",
 ]

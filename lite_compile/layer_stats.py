@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +49,13 @@ class Stats:
         """Mean density over layers and streams (1.0 when nothing has run)."""
         values = [stream.density for stream in self.streams]
         return sum(values) / len(values) if values else 1.0
+
+    def mean_history(self, stream: int) -> tuple[float | None, ...]:
+        """With the option `history`: density of each step of one guidance stream, mean over its layers."""
+        histories = [entry.history for entry in self.streams if entry.stream == stream]
+        steps = itertools.zip_longest(*histories)
+        known = [[density for density in step if density is not None] for step in steps]
+        return tuple(sum(step) / len(step) if step else None for step in known)
 
     def __str__(self) -> str:
         if not self.streams:

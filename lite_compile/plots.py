@@ -120,7 +120,7 @@ def plot_attention(
     panels[0].set_ylabel("query")
     panels[0].set_title("softmax weights", fontsize=10, loc="left")
     share = float(skipped.float().mean())
-    losses = f"they hold {mean_lost:.2%} of a query's mass, at most {max_lost:.2%}"
+    losses = f"they hold {mean_lost:.2%} of the softmax mass, {max_lost:.2%} in the worst row"
     panels[1].set_title(f"orange: {share:.0%} of the tiles are skipped\n{losses}", fontsize=10, loc="left")
     where = "next step" if attention.step < 0 else f"step {attention.step + 1}"
     figure.suptitle(f"{attention.layer}, {where}, stream {attention.stream}, head {head}", x=0.01, ha="left")

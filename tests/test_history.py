@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DEVICE, OPTIONS, compiled, denoise, noise, prompt, tiny_wan
+from models import DEVICE, DTYPE, OPTIONS, compiled, denoise, noise, prompt, tiny_wan
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 from torch._inductor.utils import run_and_get_code
@@ -126,15 +126,16 @@ def test_generations_that_are_announced() -> None:
             return nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
     torch.manual_seed(0)
-    model = Plain().eval()
+    model = Plain().eval().to(DEVICE, DTYPE)
+    tokens = torch.randn(1, 256, 64).to(DEVICE, DTYPE)
     run = compiled(model, history=True)
     with torch.no_grad():
         for steps in (3, 2):
             with lite_compile.generation(model) as g:
                 for _ in range(steps):
                     g.step()
-                    run(torch.randn(1, 256, 64))
-                run(torch.randn(1, 256, 64))  # not announced: dense, and no step
+                    run(tokens)
+                run(tokens)  # not announced: dense, and no step
                 assert [len(history) for history in histories(model).values()] == [steps]
                 assert None not in next(iter(histories(model).values()))
 
