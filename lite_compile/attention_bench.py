@@ -69,20 +69,26 @@ def prove(
     Raises:
         WrongResultError: `out` is more than twice as far from float64 as PyTorch's attention is.
     """
-    totals = torch.zeros(3, dtype=torch.float64)
-    for b, h, row in itertools.product(*(_some(count, limit) for count in skipped.shape[:3])):
-        one, tile_row = (slice(b, b + 1), slice(h, h + 1)), (slice(b, b + 1), slice(h, h + 1), slice(row, row + 1))
-        rows = (*one, slice(row * tile.q, min((row + 1) * tile.q, q.shape[2])))
-        keep = ~skipped[tile_row].repeat_interleave(tile.k, 3)[..., : k.shape[2]]
-        exact = F.scaled_dot_product_attention(q[rows].double(), k[one].double(), v[one].double(), attn_mask=keep)
-        dense = F.scaled_dot_product_attention(q[rows], k[one], v[one], attn_mask=keep)
-        distances = [(x.double() - exact).square().sum() for x in (out[rows], dense)]
-        totals += torch.stack([*distances, exact.square().sum()]).cpu()
-    ours, theirs, norm = totals.sqrt().tolist()
-    if not ours <= 2 * theirs + 1e-6 * norm:
-        raise WrongResultError(
-            f"wrong result: relative error {ours / norm:.2g}, that of PyTorch is {theirs / norm:.2g}"
-        )
+    # On a GPU the multiplication of float32 is made of three in lower precision, as in tests/gpu.
+    slack = 1e-6 if q.device.type == "cuda" else 0.0
+    total = torch.zeros(3, dtype=torch.float64)
+    for b, h in itertools.product(*(_some(count, limit) for count in skipped.shape[:2])):
+        one, squares = (slice(b, b + 1), slice(h, h + 1)), torch.zeros(3, dtype=torch.float64)
+        for row in _some(skipped.shape[2], limit):
+            rows = (*one, slice(row * tile.q, min((row + 1) * tile.q, q.shape[2])))
+            keep = ~skipped[b, h, row].repeat_interleave(tile.k)[None, None, None, : k.shape[2]]
+            exact = F.scaled_dot_product_attention(q[rows].double(), k[one].double(), v[one].double(), attn_mask=keep)
+            dense = F.scaled_dot_product_attention(q[rows], k[one], v[one], attn_mask=keep)
+            distances = [(x.double() - exact).square().sum() for x in (out[rows], dense)]
+            squares += torch.stack([*distances, exact.square().sum()]).cpu()
+        ours, theirs, norm = squares.sqrt().tolist()
+        if not ours <= 2 * theirs + slack * norm:
+            raise WrongResultError(
+                f"wrong result in batch entry {b}, head {h}: relative error {ours / norm:.2g}, "
+                f"that of PyTorch is {theirs / norm:.2g}"
+            )
+        total += squares
+    ours, theirs, norm = total.sqrt().tolist()
     return ours / norm, theirs / norm
 
 

@@ -6,7 +6,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch._guards import CompileContext
@@ -79,7 +79,7 @@ class GraphReport:
     sites: tuple[SiteReport, ...]
     clock: str
     """Where the step clock reads latents and timestep, or why there is none."""
-    options: Options | None = None
+    options: Options | None = field(default=None, compare=False)
     """What the graph was compiled with."""
 
     def __str__(self) -> str:

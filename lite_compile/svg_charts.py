@@ -13,7 +13,7 @@ CELL_WIDTH, CELL_HEIGHT = 16, 15
 CHARACTER = 6.3
 """Width of a character of the labels, in pixels."""
 MAX_LABEL = 36
-CHART_WIDTH, CHART_HEIGHT = 640, 200
+CHART_WIDTH, CHART_HEIGHT = 480, 200
 STREAM_COLOURS = 4
 
 Row = tuple[str, Sequence[float | None]]

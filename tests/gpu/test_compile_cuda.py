@@ -83,9 +83,10 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 
-def test_no_host_synchronisation_in_a_step() -> None:
+@pytest.mark.parametrize("history", [False, True])
+def test_no_host_synchronisation_in_a_step(history: bool) -> None:
     model = tiny_wan()
-    run = torch.compile(model, backend="liteattention", options=options())
+    run = torch.compile(model, backend="liteattention", options=options(history=history))
     arguments = {"hidden_states": noise(0), "encoder_hidden_states": prompt(0)}
     times = [torch.tensor([t], device="cuda") for t in (1000.0, 900.0, 800.0)]
     with torch.no_grad():
