@@ -24,6 +24,7 @@ from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.protect_positions import protect_positions
+from .passes.record_history import record_history
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -50,7 +51,7 @@ def liteattention(
     rewritten, state, report = rewrite_or_leave(gm, settings)
     if settings.on_unsupported == "error":
         raise_unsupported(report)
-    record(report)
+    record(replace(report, options=settings))
     if state is None:
         return compile_inner(gm, example_inputs, settings)
     added = placeholders(rewritten.graph)[len(example_inputs) :]
@@ -89,11 +90,14 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         return gm, None, report
     now = insert_step_guard(graph, clock, settings.max_streams, rewrites[0].device)
     layers = rewrite_attention(graph, rewrites, now, settings.threshold, settings.max_streams)
+    if settings.history:
+        record_history(graph, layers, now, settings.max_streams)
     graph.graph.lint()
     graph.recompile()
     source = clock if isinstance(clock, ClockSource) else None
     words = clock_length(clock, settings.max_streams)
-    state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, words, settings.names)
+    device = rewrites[0].device
+    state = StateInputs(tuple(layers), settings.max_streams, device, source, words, settings.names, settings.history)
     return graph, state, report
 
 

@@ -22,3 +22,7 @@ class OptionTypeError(_PassesThroughDynamo, TypeError):
 
 class UnsupportedAttentionError(_PassesThroughDynamo, ValueError):
     """`on_unsupported="error"` and some attention could not be rewritten."""
+
+
+class CommandError(Exception):
+    """A command of `liteattention` cannot be carried out; the message says what to do."""

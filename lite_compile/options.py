@@ -65,6 +65,12 @@ def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
     return check
 
 
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _wrong_type(name, value, "True or False")
+    return value
+
+
 def _globs(name: str, value: Any) -> tuple[str, ...]:
     allowed = "a list of layer-name globs such as ['blocks.*.attn1']"
     if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -195,6 +201,11 @@ class Options:
         _protect,
         "Positions (start, end) whose tiles are always computed, in the sequence of each rewritten layer; negative "
         "ones count from the end. 'auto' finds the text in joint attention.",
+    )
+    history: bool = _option(
+        False,
+        _boolean,
+        "Whether the graph also writes down the density of each step, for `stats()`, `plot()` and `save_report()`.",
     )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."

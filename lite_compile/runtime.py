@@ -105,6 +105,8 @@ class StateInputs:
     """Length of the clock; 0 where it is not an input."""
     names: LayerNames
     """Which layers may use their state, if the names that the graph knows are parts of names."""
+    history: bool = False
+    """Whether one density history per layer follows the states."""
 
 
 class StatefulGraph:
@@ -118,7 +120,7 @@ class StatefulGraph:
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
-        self._names, self._clock_words = state.names, state.clock_words
+        self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
         self._dense = dense_now(state.device)
         # What identifies a model: the weights of its rewritten layers first, then all else that it is made of.
         self._identity = [position[layer.weight] for layer in state.layers]
@@ -140,8 +142,9 @@ class StatefulGraph:
                 clock = binding.clock
                 if self._source is ClockSource.ANNOUNCED:
                     binding.listen()
-            states = binding.states(self._resolve(args))
-            return self._compiled(*args, clock, *(state.state for state in states))
+            states = binding.states(self._resolve(args), self._history)
+            histories = [state.history for state in states] if self._history else []
+            return self._compiled(*args, clock, *(state.state for state in states), *histories)
 
     def _follow_root(self, binding: Binding) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""

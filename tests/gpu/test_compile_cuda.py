@@ -83,9 +83,10 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 
-def test_no_host_synchronisation_in_a_step() -> None:
+@pytest.mark.parametrize("history", [False, True])
+def test_no_host_synchronisation_in_a_step(history: bool) -> None:
     model = tiny_wan()
-    run = torch.compile(model, backend="liteattention", options=options())
+    run = torch.compile(model, backend="liteattention", options=options(history=history))
     arguments = {"hidden_states": noise(0), "encoder_hidden_states": prompt(0)}
     times = [torch.tensor([t], device="cuda") for t in (1000.0, 900.0, 800.0)]
     with torch.no_grad():
@@ -116,3 +117,22 @@ def test_memory_of_the_state_is_what_the_report_says() -> None:
     states = layer_states(model)
     assert {s.state_bytes for s in lite_compile.stats(model).streams} == {states[0].state.nbytes}
     assert states[0].state.device.type == "cuda"
+
+
+def test_history_under_cuda_graphs() -> None:
+    """The entries that replays write are what `stats()` gives after each step."""
+    model = tiny_wan()
+    run = torch.compile(model, backend="liteattention", options=options(mode="reduce-overhead", history=True))
+    for number in (0, 1):
+        seen: list[float] = []
+
+        def call(**kwargs: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            result = tuple(x.clone() for x in run(**kwargs))
+            seen.append(lite_compile.stats(model).streams[0].density)  # noqa: B023
+            return result
+
+        denoise(call, noise(number), [prompt(number)], 8)
+        (history,) = {s.history for s in lite_compile.stats(model).streams if s.layer == "blocks.0.attn1"}
+        assert list(history) == seen
+        assert history[-1] < 1

@@ -1,4 +1,4 @@
-"""What goes before a kernel that only reads lists, in Triton's interpreter: the order of programs, flags, 8-bit operands."""
+"""What runs before the kernel for Hopper, in Triton's interpreter: order of programs, tile flags, 8-bit operands."""
 
 from __future__ import annotations
 
