@@ -20,6 +20,13 @@ class Kernel:
 
     name: str
     tile: TileShape
+    break_even: int
+    """Tokens from which on it is faster than dense attention when 42 % of the tiles are skipped."""
+
+
+BREAK_EVEN = {"cpu": 1024, "hopper": 2048, "triton": 4096}
+"""Per kernel, the same at head dims 64 and 128 (benchmarks/LOG.md). `triton` was measured against cuDNN on an H100, and is
+taken to be the same on other GPUs."""
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> Kernel | str:
@@ -31,7 +38,7 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wante
     if device.type == "cpu":
         from .attend_cpu import CPU_TILE
 
-        return _missing(wanted, device, "cpu") or Kernel("cpu", CPU_TILE)
+        return _missing(wanted, device, "cpu") or _kernel("cpu", CPU_TILE)
     if device.type != "cuda":
         return f"{device.type} has no kernel; cpu and cuda do"
     if torch.version.hip is not None:
@@ -49,12 +56,16 @@ def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wante
         if obstacle is None:
             from .attend_hopper import HOPPER_TILE
 
-            return Kernel("hopper", HOPPER_TILE)
+            return _kernel("hopper", HOPPER_TILE)
         if wanted == "hopper":
             return obstacle
     from .attend_triton import triton_tile
 
-    return Kernel("triton", triton_tile(capability, dtype, head_dim))
+    return _kernel("triton", triton_tile(capability, dtype, head_dim))
+
+
+def _kernel(name: str, tile: TileShape) -> Kernel:
+    return Kernel(name, tile, BREAK_EVEN[name])
 
 
 def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:

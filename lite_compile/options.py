@@ -71,6 +71,20 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
+    def check(name: str, value: Any) -> int | str:
+        if isinstance(value, str) and value == "auto":
+            return value
+        allowed = f"'auto', or an integer from {minimum} to {maximum}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise _wrong_type(name, value, allowed)
+        if not minimum <= value <= maximum:
+            raise _wrong_value(name, value, allowed)
+        return value
+
+    return check
+
+
 def _globs(name: str, value: Any) -> tuple[str, ...]:
     allowed = "a list of layer-name globs such as ['blocks.*.attn1']"
     if isinstance(value, str) or not isinstance(value, list | tuple):
@@ -180,7 +194,12 @@ class Options:
         "How far below the running maximum of each of its rows a tile of QK^T must lie to be skipped from the next "
         "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides.",
     )
-    min_seq_len: int = _option(1024, _integer(1, 2**31 - 1), "Attention over fewer tokens than this stays dense.")
+    min_seq_len: int | Literal["auto"] = _option(
+        "auto",
+        _integer_or_auto(1, 2**31 - 1),
+        "Attention over fewer tokens than this stays dense. 'auto': the length from which on the kernel that would be "
+        "used is faster than dense attention once some 40 % of the tiles are skipped (1024 to 4096).",
+    )
     max_streams: int = _option(
         4,
         _integer(1, 64),

@@ -90,7 +90,7 @@ def test_checks_of_versions_and_kernels(monkeypatch: Patch) -> None:
     assert doctor.check_version("torch", "3.0").ok
     assert not doctor.check_version("torch", "2.9.1").ok
     assert "2.9.1 is too old: pip install 'torch>=2.11'" in doctor.check_version("torch", "2.9.1").text
-    cpu, kernel = torch.device("cpu"), Kernel("cpu", TileShape(128, 64))
+    cpu, kernel = torch.device("cpu"), Kernel("cpu", TileShape(128, 64), 1024)
 
     def wrong(*_: Any) -> Any:
         raise WrongResultError("relative error 1")
