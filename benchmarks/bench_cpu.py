@@ -19,7 +19,7 @@ from torch import Tensor
 from lite_compile.kernels.attend_cpu import CPU_TILE, attend_cpu
 from lite_compile.skip_state import EPOCH_WORD, TileShape, pack_bits, row_layout, state_shape, tile_count
 
-MARKS_NOTHING = -1e4
+MARKS_NOTHING = torch.tensor(-1e4)
 """Log2 units: far below any score of normal data, yet every comparison is made and recorded."""
 
 

@@ -144,7 +144,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles"])
+@gluon.jit(
+    do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles"],
+    do_not_specialize_on_alignment=["threshold"],
+)
 def _attend_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, order, counts, notes, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles,
     qk_scale, threshold, EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr,
@@ -163,6 +166,8 @@ def _attend_kernel(
     q_start = program % q_tiles * (_CONSUMERS * _ROWS)
     lse_start = (program // q_tiles).to(gl.int64) * q_len
     count = gl.load(counts + program)
+    limit = gl.load(threshold)
+    limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
     order += program.to(gl.int64) * k_tiles
     notes += program.to(gl.int64) * (1 + 2 * k_tiles)
 
@@ -192,15 +197,15 @@ def _attend_kernel(
         [
             (
                 _consume,
-                (0, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+                (0, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
             ),
             (
                 _consume,
-                (1, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+                (1, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
             ),
             (
                 _consume,
-                (2, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K, HAS_LSE),
+                (2, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
         ],
@@ -210,7 +215,7 @@ def _attend_kernel(
 
 
 def attend_hopper(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
     protected: Sequence[int] = (),
 ) -> None:  # fmt: skip

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .backend import liteattention
-from .control import generation, reset
+from .control import generation, reset, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
 from .explanation import explain
@@ -12,6 +12,7 @@ from .options import Options
 from .passes.attention_site import AttentionSite, Declined, Spelling
 from .passes.planned_nodes import plan
 from .passes.spelling_registry import register_spelling, unregister_spelling
+from .schedule import Schedule
 
 __all__ = [
     "AttentionSite",
@@ -21,6 +22,7 @@ __all__ = [
     "Options",
     "Reason",
     "Report",
+    "Schedule",
     "SiteReport",
     "Spelling",
     "Stats",
@@ -34,6 +36,7 @@ __all__ = [
     "register_spelling",
     "report",
     "reset",
+    "set_threshold",
     "stats",
     "unregister_spelling",
 ]

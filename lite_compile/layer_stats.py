@@ -29,7 +29,7 @@ class StreamStats:
     calls: int
     """Calls of the model that the clock has seen, in all generations and streams."""
     dense_calls: int
-    """Those of them that could use no state: more streams than slots, second evaluations at one timestep, ..."""
+    """Those of them that used no state: `dense_steps`, more streams than slots, second evaluations at a timestep..."""
     state_bytes: int
     """Memory of the layer's state for this input shape, all streams together."""
 
@@ -77,15 +77,16 @@ def skip_mask(state: LayerState, stream: int) -> Tensor:
 def _streams(state: LayerState) -> list[StreamStats]:
     clock = state.clock.cpu()
     generations = int(clock[GENERATION])
-    slot_generation, slot_step, slot_epoch = slot_table(clock, state.max_streams).tolist()
+    slot_generation, slot_step, slot_epoch, slot_dense = slot_table(clock, state.max_streams).tolist()
     k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
     found = []
     for slot in range(state.max_streams):
         header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()
-        current = header[..., EPOCH_WORD] == slot_epoch[slot]
-        if not slot_epoch[slot] or slot_generation[slot] != generations or not bool(current.all()):
+        current = bool((header[..., EPOCH_WORD] == slot_epoch[slot]).all())
+        dense = bool(slot_dense[slot]) and state.latest
+        if not slot_epoch[slot] or slot_generation[slot] != generations or not (current or dense):
             continue  # this shape, or this stream, has not run in the current generation
-        density = float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles
+        density = 1.0 if dense else float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles
         calls, dense_calls = int(clock[CALLS]), int(clock[DENSE_CALLS])
         found.append(
             StreamStats(

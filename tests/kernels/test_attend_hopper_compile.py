@@ -34,11 +34,11 @@ def compile_offline(dtype: torch.dtype, head_dim: int, even_k: bool, has_lse: bo
         "counts": "*i32",
         "notes": "*i8",
         "qk_scale": "fp32",
-        "threshold": "fp32",
+        "threshold": "*fp32",
     }
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") and name != "threshold"]
     source = GluonASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": 4, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
