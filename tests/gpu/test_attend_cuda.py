@@ -252,6 +252,21 @@ def test_oracle_detection(kernel: str) -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("threshold", [float("nan"), 0.5])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float, kernel: str) -> None:
+    q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
+    state, tile = new_state(q, k, kernel)
+    start = row_layout(tile_count(1024, tile.k)).mask_start
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    assert not state[0, ..., start:].any()
+    attend(q, k, v, state, 0, -8.0, 0.125, kernel=kernel)
+    marked = state[0, ..., start:].clone()
+    assert marked.any()
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    assert torch.equal(state[0, ..., start:], marked)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_a_stale_epoch_reads_as_empty(kernel: str) -> None:
     q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
     state, _ = new_state(q, k, kernel)

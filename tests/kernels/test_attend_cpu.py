@@ -207,6 +207,21 @@ def test_streams_are_separate() -> None:
     assert torch.equal(state[1], alone[0])
 
 
+@pytest.mark.parametrize("threshold", [math.nan, 0.5, math.inf])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float) -> None:
+    """Whatever a call finds on the device; what was marked before stays so."""
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    follow_reference(q, k, v, 0.25, threshold, SMALL)
+    state = fresh_state(q, k, SMALL)
+    call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+    assert not skipped_bits(state, 150, SMALL).any()
+    call(q, k, v, state, now_at(), 0.25, threshold_between(10, 0.25), SMALL)
+    marked = skipped_bits(state, 150, SMALL)
+    assert marked.any()
+    call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+    assert torch.equal(skipped_bits(state, 150, SMALL), marked)
+
+
 def test_stale_generation_reads_as_empty() -> None:
     q, k, v = clustered(1, 2, 128, 128, 16)
     threshold = threshold_between(10, 0.25)

@@ -68,7 +68,7 @@ def test_compiles_for_hopper(dtype: torch.dtype, head_dim: int, even_k: bool, ha
     # At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills nothing, 3.9 some bytes. Models ask
     # for no LSE.
     if not has_lse:
-        assert build.spilled_bytes <= (0 if head_dim <= 64 else 128)
+        assert build.spilled_bytes <= (0 if head_dim <= 64 else 136)
 
 
 ROWS = torch.arange(2 * 70 * 3 * 64).view(2, 70, 3, 64).to(BF16)

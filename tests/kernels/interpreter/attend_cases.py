@@ -143,6 +143,30 @@ def test_stale_generation_reads_as_empty() -> None:
     assert not pair.marks().any()
 
 
+@pytest.mark.parametrize("threshold", [math.nan, 0.5, math.inf])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float) -> None:
+    """Whatever a call finds on the device; what was marked before stays so."""
+    pair = Pair(*make_qkv(1, 2, 50, 96, 32))
+    run(pair, [make_now()] * 2, threshold=threshold)
+    assert not pair.marks().any()
+    pair.call(make_now())
+    marks = pair.marks()
+    assert marks.any()
+    pair.call(make_now(), threshold=threshold)
+    assert torch.equal(pair.marks(), marks)
+
+
+def test_the_threshold_is_one_element_of_many() -> None:
+    """As in a compiled graph, where it lies at any address."""
+    pair = Pair(*make_qkv(1, 2, 50, 96, 32))
+    pair.call(make_now(), threshold=torch.tensor([-math.inf, THRESHOLD, 0.0])[1])
+    marks = pair.marks()
+    assert marks.any()
+    other = Pair(*make_qkv(1, 2, 50, 96, 32))
+    other.call(make_now())
+    assert torch.equal(marks, other.marks())
+
+
 def test_infinite_threshold_never_marks() -> None:
     pair = Pair(*make_qkv(1, 2, 50, 96, 32))
     run(pair, [make_now()] * 2, threshold=-math.inf)
