@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import first_tile, touched_tiles
+from ..ops import first_tile, touched_tiles, usable_threshold
 from ..skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -78,7 +78,7 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
     Args:
         maxima: `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
         plan: plan of these tiles, without the two leading dimensions.
-        threshold: natural units.
+        threshold: natural units; NaN marks nothing.
     """
     order = plan.order[:, : maxima.shape[-1]]
     visited = (
@@ -104,7 +104,7 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
 
 
 def attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
     protected: Sequence[int] = (),
 ) -> None:  # fmt: skip
@@ -114,10 +114,9 @@ def attend_cpu(
         q: `[B, H, Sq, D]`; k: `[B, Hkv, Sk, D]`; v: `[B, Hkv, Sk, Dv]`: float64, float32, bfloat16 or float16, any
             strides; `Hkv` divides `H`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
-            generation.
+        now: int32, first of all epoch, step, slot (none of the state's: compute everything, use and record nothing).
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
+        threshold: float32, one element, log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
         tile: tile size the state was made for.
         out: `[B, H, Sq, Dv]`, dtype of `q`, any strides; overwritten.
         lse: natural-log sum of exponentials, float32 `[B, H, Sq]`; overwritten when given.
@@ -129,6 +128,7 @@ def attend_cpu(
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     layout = row_layout(k_tiles)
     epoch, _, slot = now.tolist()[:3]
+    limit = usable_threshold(threshold) * math.log(2)
     recording = 0 <= slot < state.shape[0]
     rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
     first = first_tile(torch.arange(q_tiles), q_len, k_len, tile)
@@ -145,7 +145,7 @@ def attend_cpu(
         maxima = attend_tiles(q[b, h], keys, values, groups, part, scale, tile, out[b, h], logs, bias)
         if recording:
             recorded = rows[b, h, tiles]
-            record_tiles(recorded, maxima, part, epoch, layout, threshold * math.log(2))
+            record_tiles(recorded, maxima, part, epoch, layout, limit)
             rows[b, h, tiles] = recorded
 
     # Several jobs per thread even out their different densities; each of them has to convert K and V.

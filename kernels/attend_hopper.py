@@ -180,7 +180,7 @@ def _consume(
 
 @gluon.jit(
     do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles", "bias_stride"],
-    do_not_specialize_on_alignment=["lse", "key_bias"],
+    do_not_specialize_on_alignment=["lse", "key_bias", "threshold"],
 )
 def _attend_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
@@ -204,6 +204,8 @@ def _attend_kernel(
     q_start = program % q_tiles * (_CONSUMERS * _ROWS)
     lse_start = (program // q_tiles).to(gl.int64) * q_len
     kv_head = head // heads_per_kv
+    limit = gl.load(threshold)
+    limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
     order += program.to(gl.int64) * k_tiles
     notes += program.to(gl.int64) * (1 + 2 * k_tiles)
     if HAS_BIAS:
@@ -242,17 +244,17 @@ def _attend_kernel(
         [
             (
                 _consume,
-                (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K,
+                (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
                  HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (
                 _consume,
-                (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K,
+                (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
                  HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (
                 _consume,
-                (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold, EVEN_K,
+                (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
                  HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
@@ -268,7 +270,7 @@ _list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
 
 
 def attend_hopper(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
     protected: Sequence[int] = (), qk_dtype: str | None = None,
 ) -> None:  # fmt: skip

@@ -27,6 +27,13 @@ _LOWEST = tl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
 
 
 @triton.jit
+def load_threshold(threshold):
+    """What `threshold` points to; NaN, below which nothing lies, if it is positive."""
+    value = tl.load(threshold)
+    return tl.where(value <= 0, value, float("nan"))
+
+
+@triton.jit
 def _load_rows(pointers, row_inside, dim_inside, ALL_ROWS: tl.constexpr, ALL_DIMS: tl.constexpr):
     """Tile `[rows, BLOCK_D]`, zeros outside; no mask where a constexpr says that none is needed."""
     if ALL_ROWS and ALL_DIMS:
@@ -111,7 +118,7 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
 time: the kernel mutates its state, and the tile size is the granularity of the masks."""
 
 
-@triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES])
+@triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES], do_not_specialize_on_alignment=["threshold"])
 def _attend_kernel(
     q, k, v, key_bias, out, lse, state, now, scratch,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
@@ -136,6 +143,7 @@ def _attend_kernel(
     batch = (program // q_tiles // heads).to(tl.int64)
     head = (program // q_tiles % heads).to(tl.int64)
 
+    limit = load_threshold(threshold)
     row, epoch, recording, valid = find_row(state, now, program, streams, row_words)
     markable = tl.where(is_free(q_tile, TILE_Q, protected), k_tiles, 0)
     recorded = tl.where(valid, markable, 0)
@@ -181,7 +189,7 @@ def _attend_kernel(
             factor = qk_scale
         tile_max = tl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        needed |= tl.where(tile_max - running <= threshold, 0, one << (n % 32))
+        needed |= tl.where(tile_max - running <= limit, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -234,7 +242,7 @@ _attend = Launcher(_attend_kernel)
 
 
 def attend_triton(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
     protected: Sequence[int] = (),
 ) -> None:  # fmt: skip
@@ -244,10 +252,9 @@ def attend_triton(
         q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
             stride other than 1 costs a copy. `Hkv` divides `H`.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[4]`: epoch, step, slot (none of the state's: compute everything, use and record nothing),
-            generation.
+        now: int32, first of all epoch, step, slot (none of the state's: compute everything, use and record nothing).
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
+        threshold: float32, one element, log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
         tile: tile size the state was made for, from `triton_tile`.
         out: `[B, H, Sq, D]`, dtype of `q`, last stride 1; overwritten.
         lse: natural-log sum of exponentials, contiguous float32 `[B, H, Sq]`; overwritten when given.

@@ -25,8 +25,8 @@ class Kernel:
 
 
 BREAK_EVEN = {"cpu": 1024, "hopper": 2048, "triton": 4096}
-"""Per kernel, the same at head dims 64 and 128 (benchmarks/LOG.md). `triton` was measured against cuDNN on an H100, and is
-taken to be the same on other GPUs."""
+"""Per kernel, the same at head dims 64 and 128 (benchmarks/LOG.md). `triton` was measured against cuDNN on an H100, and
+is taken to be the same on other GPUs."""
 
 
 def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> Kernel | str:

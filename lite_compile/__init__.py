@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attention_capture import AttentionCall, capture_attention
 from .backend import liteattention
-from .control import generation, reset
+from .control import generation, reset, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
 from .explanation import explain
@@ -15,6 +15,7 @@ from .passes.planned_nodes import plan
 from .passes.spelling_registry import register_spelling, unregister_spelling
 from .plots import plot, plot_attention
 from .run_report import save_report
+from .schedule import Schedule
 
 __all__ = [
     "AttentionCall",
@@ -25,6 +26,7 @@ __all__ = [
     "Options",
     "Reason",
     "Report",
+    "Schedule",
     "SiteReport",
     "Spelling",
     "Stats",
@@ -42,6 +44,7 @@ __all__ = [
     "report",
     "reset",
     "save_report",
+    "set_threshold",
     "stats",
     "unregister_spelling",
 ]

@@ -9,8 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .clock import ANNOUNCED, GENERATION, STEP, TICKET, USED_TICKET, slot_table
+from .clock import ANNOUNCED, ANNOUNCED_STEPS, GENERATION, STEP, TICKET, USED_TICKET, slot_table
 from .ops import NOW_WORDS
+from .trajectory import DenseSteps, fraction_of_steps, is_dense
 
 _numbers, _tickets = itertools.count(1), itertools.count(1)
 _lock = threading.Lock()
@@ -20,7 +21,7 @@ _active: list[Generation] = []
 class Generation:
     """One generation, as `lite_compile.generation` hands it out."""
 
-    def __init__(self, parameters: list[Tensor] | None) -> None:
+    def __init__(self, parameters: list[Tensor] | None, total_steps: int = 0) -> None:
         self._parameters = None if parameters is None else {id(parameter) for parameter in parameters}
         self._keep = parameters  # ids stay valid as long as the tensors live
         self._thread = threading.get_ident()
@@ -29,6 +30,8 @@ class Generation:
         self._steps: dict[int, int] = {}
         self._stream: int | None = None
         self._clocks: list[Tensor] = []
+        self._total_steps = total_steps
+        self._told: list[Tensor] = []
 
     def step(self, stream: int = 0) -> None:
         """Announce that the next call of the model is the next denoising step of guidance stream `stream`.
@@ -61,6 +64,12 @@ class Generation:
             self._clocks.append(clock)
             self._write(clock)
 
+    def tell_steps(self, clock: Tensor) -> None:
+        """Let `clock`, which advances by itself, know how many steps there are, until this generation ends."""
+        if self._total_steps and not any(clock is known for known in self._told):
+            self._told.append(clock)
+            _write_word(clock, ANNOUNCED_STEPS, self._total_steps)
+
     def drives(self, clock: Tensor) -> bool:
         """Whether `clock` is kept up to date by this generation."""
         return any(clock is known for known in self._clocks)
@@ -76,37 +85,48 @@ class Generation:
         self._stream = None
         for clock in self._clocks:
             self._write(clock)
+        for clock in self._told:
+            _write_word(clock, ANNOUNCED_STEPS, 0)
+        self._told.clear()
 
     def _write(self, clock: Tensor) -> None:
-        header = clock_header(self._number, self._stream, self._steps, self._ticket)
+        header = clock_header(self._number, self._stream, self._steps, self._ticket, self._total_steps)
         with torch.inference_mode(False), torch.no_grad():
             clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32), non_blocking=True)
 
 
-def clock_header(number: int, stream: int | None, steps: dict[int, int], ticket: int) -> list[int]:
+def _write_word(clock: Tensor, word: int, value: int) -> None:
+    with torch.inference_mode(False), torch.no_grad():
+        clock[word].fill_(value)
+
+
+def clock_header(number: int, stream: int | None, steps: dict[int, int], ticket: int, total_steps: int) -> list[int]:
     """First words of a clock that is announced rather than advanced, up to the one that the calls write."""
     header = [0] * USED_TICKET
     header[GENERATION] = number
     header[STEP] = steps.get(stream, 0) if stream is not None else 0
     header[ANNOUNCED] = 0 if stream is None else min(stream, 2**30) + 1  # such a stream has no slot, hence no state
     header[TICKET] = ticket
+    header[ANNOUNCED_STEPS] = total_steps
     return header
 
 
-def read_announced(clock: Tensor, max_streams: int) -> Tensor:
+def read_announced(clock: Tensor, max_streams: int, dense_steps: tuple[int | float, int | float] = (0, 0)) -> Tensor:
     """In-graph counterpart of `clock.advance` for announced generations; same result, int32 `[NOW_WORDS]`."""
     generation, step = clock[GENERATION], clock[STEP]
     slot, announced = clock[ANNOUNCED] - 1, clock[TICKET] != clock[USED_TICKET]
     slot = torch.where(announced & (slot < max_streams), slot, -1)
     epoch = generation * max_streams + slot + 1
+    fraction = fraction_of_steps(step, clock[ANNOUNCED_STEPS])
+    dense = is_dense(step, fraction, clock[ANNOUNCED_STEPS], DenseSteps(*dense_steps))
     taken = torch.arange(max_streams, dtype=torch.int32, device=clock.device) == slot
     table = slot_table(clock, max_streams)
-    rows = torch.stack([generation, step, epoch])[:, None].expand(3, max_streams)
+    rows = torch.stack([generation, step, epoch, dense.int()])[:, None].expand(table.shape)
     table.copy_(torch.where(taken, rows, table))
-    now = torch.stack([epoch, step, slot, generation]).to(torch.int32)
+    now = torch.stack([epoch, step, torch.where(dense, -1, slot), generation, fraction.view(torch.int32)])
     clock[USED_TICKET].copy_(clock[TICKET])
     assert now.shape == (NOW_WORDS,)
-    return now
+    return now.to(torch.int32)
 
 
 def active_generation(anchors: Sequence[Tensor]) -> Generation | None:
@@ -114,6 +134,13 @@ def active_generation(anchors: Sequence[Tensor]) -> Generation | None:
     with _lock:
         covering = [g for g in _active if any(map(g.covers, anchors))]
         return covering[-1] if covering else None
+
+
+def tell_steps(anchor: Tensor, clock: Tensor) -> None:
+    """Let `clock` know how many steps the active generation of the model has that parameter `anchor` belongs to."""
+    generation = active_generation([anchor])
+    if generation is not None:
+        generation.tell_steps(clock)
 
 
 def restart(clock: Tensor) -> None:

@@ -102,12 +102,13 @@ class _Problem:
         self.state, self.mask = imposed_state(shape, kernel.tile, skipped, device)
         self.now = torch.zeros(NOW_WORDS, dtype=torch.int32, device=device)
         self.now[NOW_EPOCH] = self.now[NOW_GENERATION] = EPOCH
+        self.threshold = torch.tensor(MARKS_NOTHING, device=device)
 
     def ours(self) -> Tensor:
         """One call that uses and records the state."""
         name = "triton" if self.kernel.name == "cpu" else self.kernel.name
         attend = torch.ops.lite_compile.attend
-        given = (*self.operands, self.state, self.now, self.scale, MARKS_NOTHING, *self.kernel.tile)
+        given = (*self.operands, self.state, self.now, self.scale, self.threshold, *self.kernel.tile)
         out: Tensor = attend(*given, kernel_name=name)[0]
         return out
 

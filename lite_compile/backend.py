@@ -23,12 +23,14 @@ from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
+from .passes.insert_thresholds import insert_thresholds
 from .passes.protect_positions import protect_positions
 from .passes.record_history import record_history
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
 from .runtime import StatefulGraph, StateInputs
+from .threshold_table import threshold_table
 
 
 def liteattention(
@@ -88,16 +90,22 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
     if not rewrites or clock is None:
         return gm, None, report
-    now = insert_step_guard(graph, clock, settings.max_streams, rewrites[0].device)
-    layers = rewrite_attention(graph, rewrites, now, settings.threshold, settings.max_streams)
+    device = rewrites[0].device
+    now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
+    thresholds = insert_thresholds(graph, now, len(rewrites), device)
+    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
+    if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
+        threshold_table(settings.thresholds, tuple(layer.layer for layer in layers))
     graph.graph.lint()
     graph.recompile()
     source = clock if isinstance(clock, ClockSource) else None
     words = clock_length(clock, settings.max_streams)
-    device = rewrites[0].device
-    state = StateInputs(tuple(layers), settings.max_streams, device, source, words, settings.names, settings.history)
+    state = StateInputs(
+        tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
+        settings.dense_steps, settings.history,
+    )  # fmt: skip
     return graph, state, report
 
 

@@ -12,10 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-# Words of the header. The last three are `announce`'s.
+from .trajectory import DenseSteps, fraction_of, is_dense, time_scale
+
+# Words of the header. The last four are `announce`'s.
 GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED, DIRECTION = range(11)
-ANNOUNCED, TICKET, USED_TICKET = 11, 12, 13
-_HEADER = 16
+FIRST_TIMESTEP, TIME_SCALE, LAST_STEPS = 11, 12, 13
+ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET = 14, 15, 16, 17
+_HEADER = 20
+_SLOT_ROWS = 4
 
 LATENT_SAMPLES = 4096
 PROJECTIONS = 4
@@ -47,12 +51,13 @@ MAX_ENTRIES = 32
 
 def clock_words(max_streams: int, conditions: int) -> int:
     """Length of the int32 tensor of a clock that watches that many conditioning inputs."""
-    return _HEADER + 3 * max_streams + 2 * LATENT_SAMPLES + max_streams * max(1, conditions) * CONDITION_WORDS
+    return _HEADER + _SLOT_ROWS * max_streams + 2 * LATENT_SAMPLES + max_streams * max(1, conditions) * CONDITION_WORDS
 
 
 def slot_table(clock: Tensor, max_streams: int) -> Tensor:
-    """int32 `[3, max_streams]`: per slot its generation, the step it was last used in, and its epoch."""
-    return clock[_HEADER : _HEADER + 3 * max_streams].view(3, max_streams)
+    """int32 `[4, max_streams]`: per slot its generation, the step it was last used in, its epoch, and 1 if that step
+    was one of the dense ones."""
+    return clock[_HEADER : _HEADER + _SLOT_ROWS * max_streams].view(_SLOT_ROWS, max_streams)
 
 
 def sample_positions(size: int, count: int, device: torch.device) -> Tensor:
@@ -134,6 +139,7 @@ def advance(
     timestep: Tensor,
     conditions: Sequence[Tensor | int | float],
     max_streams: int,
+    dense_steps: tuple[int | float, int | float] = (0, 0),
 ) -> Tensor:
     """Advance `clock` in place by one call of the model and say where that call stands.
 
@@ -153,13 +159,15 @@ def advance(
         latents: the noisy input of the model, any shape; or several that are denoised together.
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
         conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
+        dense_steps: `trajectory.DenseSteps`. They use no state, but their stream keeps its slot and so its mask.
 
     Returns:
-        int32 `[4]`: epoch (unique per stream and generation), step, slot (-1: use no state), generation.
+        int32 `[5]`: epoch (unique per stream and generation), step, slot (-1: use no state), generation, and the bits
+        of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
     """
     slots = slot_table(clock, max_streams)
-    slot_generation, slot_step, slot_epoch = slots[0], slots[1], slots[2]
-    stored = clock[_HEADER + 3 * max_streams :].view(torch.float32)
+    slot_generation, slot_step, slot_epoch, slot_dense = slots.unbind()
+    stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
 
@@ -194,6 +202,15 @@ def advance(
 
     generation = clock[GENERATION] + new.int()
     step = torch.where(new, 0, clock[STEP] + next_step.int())
+    direction = torch.where(
+        new, PERHAPS_RISING * perhaps_rising.int(), torch.where(next_step, delta.sign().int(), direction)
+    )
+    first_t = torch.where(new, t, clock[FIRST_TIMESTEP].view(torch.float32))
+    scale = torch.where(direction == 1, time_scale(t, first_t, clock[TIME_SCALE].view(torch.float32)), 0.0)
+    fraction = fraction_of(t, first_t, direction, scale, step)
+    last_steps = torch.where(new & (clock[GENERATION] > 0), clock[STEP] + 1, clock[LAST_STEPS])
+    steps = torch.where(clock[ANNOUNCED_STEPS] > 0, clock[ANNOUNCED_STEPS], last_steps)
+    dense = is_dense(step, fraction, steps, DenseSteps(*dense_steps))
 
     number = torch.arange(max_streams, dtype=torch.int32, device=clock.device)
     current = slot_generation == generation
@@ -209,21 +226,23 @@ def advance(
     epoch_count = clock[EPOCH] + fresh.int()
     slot_epoch = torch.where(taken & fresh, epoch_count, slot_epoch)
     epoch = torch.where(taken, slot_epoch, 0).sum(dtype=torch.int32)
+    used_slot = torch.where(dense, -1, slot)
 
     header = {
         GENERATION: generation,
         STEP: step,
         SLOT: slot,
         CALLS: clock[CALLS] + 1,
-        DENSE_CALLS: clock[DENSE_CALLS] + (slot < 0).int(),
+        DENSE_CALLS: clock[DENSE_CALLS] + (used_slot < 0).int(),
         RESET: torch.zeros_like(step),
         TIMESTEP: t.view(torch.int32),
         NUMEL: torch.full_like(step, numel),
         EPOCH: epoch_count,
         UNDECIDED: undecided,
-        DIRECTION: torch.where(
-            new, PERHAPS_RISING * perhaps_rising.int(), torch.where(next_step, delta.sign().int(), direction)
-        ),
+        DIRECTION: direction,
+        FIRST_TIMESTEP: first_t.view(torch.int32),
+        TIME_SCALE: scale.view(torch.int32),
+        LAST_STEPS: last_steps,
     }
     updated = torch.cat(
         [
@@ -231,10 +250,11 @@ def advance(
             torch.where(taken, generation, slot_generation).to(torch.int32),
             torch.where(taken, step, slot_step).to(torch.int32),
             slot_epoch.to(torch.int32),
+            torch.where(taken, dense, slot_dense).to(torch.int32),
             now.view(torch.int32),
             torch.where(new, now, first).view(torch.int32),
             torch.where((taken & fresh)[:, None], condition, known).reshape(-1),
         ]
     )
     clock.copy_(updated)
-    return torch.stack([epoch, step, slot, generation]).to(torch.int32)
+    return torch.stack([epoch, step, used_slot, generation, fraction.view(torch.int32)]).to(torch.int32)

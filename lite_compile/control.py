@@ -1,9 +1,10 @@
-"""Say where a generation begins and ends, for those who do not want to leave it to the step clock."""
+"""What can be said about a compiled model: where its generations begin and end, and what its threshold is now."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,6 +12,9 @@ from torch import nn
 from .announce import Generation, pop, push, restart
 from .clock import RESET
 from .layer_state import bindings
+from .overrides import override
+from .schedule import as_thresholds, check_threshold
+from .threshold_table import threshold_table
 
 
 def check_model(model: nn.Module | None) -> nn.Module | None:
@@ -33,8 +37,31 @@ def reset(model: nn.Module | None = None) -> None:
                 restart(binding.clock)
 
 
+def set_threshold(model: nn.Module, threshold: Any) -> None:
+    """Let a compiled model follow another threshold: nothing is compiled anew, its next call starts a new generation.
+
+    It takes the place of the option in all graphs of `model`, those that are yet to be compiled included, until it is
+    set again. Other models that share these graphs keep theirs.
+
+    Args:
+        model: the denoiser itself, such as `pipe.transformer`, compiled or not.
+        threshold: whatever the option `threshold` may be.
+
+    Raises:
+        OptionTypeError, OptionValueError: as for the option; nothing has changed then.
+    """
+    if model is None:
+        raise TypeError("model is None; allowed: a torch.nn.Module")
+    original = getattr(check_model(model), "_orig_mod", model)
+    thresholds = as_thresholds(check_threshold("threshold", threshold))
+    for binding in bindings(original):
+        if binding.is_part_of(original):
+            threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
+    override(original, thresholds)
+
+
 @contextmanager
-def generation(model: nn.Module | None = None) -> Iterator[Generation]:
+def generation(model: nn.Module | None = None, steps: int | None = None) -> Iterator[Generation]:
     """Within the context is one generation of `model` (None: of every model): masks are void before and after it.
 
     For a model in which the report finds no clock, the context also *is* the clock: make the first call of the compiled
@@ -44,9 +71,15 @@ def generation(model: nn.Module | None = None) -> Iterator[Generation]:
             for t in timesteps:
                 g.step()          # g.step(stream=1) before the call for another prompt
                 model(...)
+
+    Args:
+        steps: how many denoising steps there will be. `dense_steps` needs to know in order to count from the end, and
+            schedules do where the context is the clock.
     """
+    if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or not 0 < steps < 2**30):
+        raise ValueError(f"steps is {steps!r}; allowed: an integer >= 1, or None")
     reset(model)
-    current = Generation(None if model is None else [*model.parameters(), *model.buffers()])
+    current = Generation(None if model is None else [*model.parameters(), *model.buffers()], steps or 0)
     push(current)
     try:
         yield current

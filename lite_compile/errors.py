@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable
+
 from torch._dynamo.exc import ShortenTraceback
 
 
@@ -26,3 +29,19 @@ class UnsupportedAttentionError(_PassesThroughDynamo, ValueError):
 
 class CommandError(Exception):
     """A command of `liteattention` cannot be carried out; the message says what to do."""
+
+
+def wrong_type(name: str, value: object, allowed: str) -> OptionTypeError:
+    """The error for an option of a wrong type."""
+    return OptionTypeError(f"liteattention option {name!r} is {value!r} ({type(value).__name__}); allowed: {allowed}")
+
+
+def wrong_value(name: str, value: object, allowed: str) -> OptionValueError:
+    """The error for an option that is out of range."""
+    return OptionValueError(f"liteattention option {name!r} is {value!r}; allowed: {allowed}")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
+    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" Did you mean {close[0]!r}?" if close else ""

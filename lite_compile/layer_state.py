@@ -11,7 +11,7 @@ import itertools
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
 from .density_history import history_shape
+from .overrides import ThresholdsInForce
 from .skip_state import TileShape
 
 MAX_BINDINGS = 16
@@ -51,6 +52,8 @@ class LayerState:
     """The clock of the model that the layer belongs to."""
     history: Tensor | None = None
     """Where the option `history` asks for it: int64 `[streams, HISTORY_STEPS, 2]`, see `density_history`."""
+    latest: bool = True
+    """Whether no other input shape was used since."""
 
     @property
     def layer(self) -> str:
@@ -64,7 +67,7 @@ class LayerState:
 class Binding:
     """Clock and skip states of one model under one graph text."""
 
-    def __init__(self, graph_key: str, tensors: Sequence[Tensor], words: int, device: torch.device) -> None:
+    def __init__(self, graph_key: Hashable, tensors: Sequence[Tensor], words: int, device: torch.device) -> None:
         self._graph_key = graph_key
         self._ids = [id(tensor) for tensor in tensors]  # good for as long as none of them is gone
         expire = partial(_expire, weakref.ref(self))
@@ -77,6 +80,7 @@ class Binding:
         self.lock = threading.RLock()
         """Held during a call: two threads that use one model take turns."""
         self.clock = _zeros((words,), device)
+        self.thresholds = ThresholdsInForce(device)
         self.rewrites = 0
         """How often in a row the model had other contents than at its call before."""
         self.calls = 0
@@ -89,7 +93,7 @@ class Binding:
         with _registry_lock:
             _registry.add(self)
 
-    def serves(self, graph_key: str, tensors: Sequence[Tensor]) -> bool:
+    def serves(self, graph_key: Hashable, tensors: Sequence[Tensor]) -> bool:
         """Whether this is the graph, and these are the parameters and buffers that identify the model."""
         return graph_key == self._graph_key and not self.expired and list(map(id, tensors)) == self._ids
 
@@ -100,6 +104,11 @@ class Binding:
     def belongs_to(self, parameters: set[int]) -> bool:
         """Whether the model has one of these parameters or buffers (by id)."""
         return any((tensor := ref()) is not None and id(tensor) in parameters for ref in self._tensors)
+
+    def is_part_of(self, model: nn.Module) -> bool:
+        """Whether all that identifies the model is in `model`."""
+        owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+        return not self.expired and owned.issuperset(self._ids)
 
     def states(self, specs: tuple[LayerSpec, ...], history: bool = False) -> list[LayerState]:
         """The states for one input shape, in the order of the graph's layers; empty ones on first use.
@@ -140,7 +149,14 @@ class Binding:
 
     def all_states(self) -> list[LayerState]:
         """The states for all shapes, the most recently used shape first."""
-        return [state for states in reversed(list(self._states.values())) for state in states]
+        recent = enumerate(reversed(list(self._states.values())))
+        return [replace(state, latest=number == 0) for number, states in recent for state in states]
+
+    def void(self) -> None:
+        """Empty all skip masks."""
+        with torch.inference_mode(False), torch.no_grad():
+            for state in itertools.chain(*self._states.values()):
+                state.state.zero_()
 
     def weights(self) -> list[int]:
         """Ids of the weights that identify the layers; none if the model is gone."""
@@ -159,7 +175,7 @@ _by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
 _calls = itertools.count(1)
 
 
-def find_binding(graph_key: str, tensors: Sequence[Tensor], words: int, device: torch.device) -> Binding:
+def find_binding(graph_key: Hashable, tensors: Sequence[Tensor], words: int, device: torch.device) -> Binding:
     """The binding of the model that `tensors` identify, under the graph of that key; made on first use.
 
     Args:

@@ -31,7 +31,7 @@ class StreamStats:
     calls: int
     """Calls of the model that the clock has seen, in all generations and streams."""
     dense_calls: int
-    """Those of them that could use no state: more streams than slots, second evaluations at one timestep, ..."""
+    """Those of them that used no state: `dense_steps`, more streams than slots, second evaluations at a timestep..."""
     state_bytes: int
     """Memory of the layer's state for this input shape, all streams together."""
     history: tuple[float | None, ...] = ()
@@ -87,17 +87,18 @@ def skip_mask(state: LayerState, stream: int) -> Tensor:
 def _streams(state: LayerState) -> list[StreamStats]:
     clock = state.clock.cpu()
     generations = int(clock[GENERATION])
-    slot_generation, slot_step, slot_epoch = slot_table(clock, state.max_streams).tolist()
+    slot_generation, slot_step, slot_epoch, slot_dense = slot_table(clock, state.max_streams).tolist()
     k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
     found = []
     for slot in range(state.max_streams):
         header = state.state[slot, ..., : COMPUTED_WORD + 1].cpu()
-        current = header[..., EPOCH_WORD] == slot_epoch[slot]
-        if not slot_epoch[slot] or slot_generation[slot] != generations or not bool(current.all()):
+        current = bool((header[..., EPOCH_WORD] == slot_epoch[slot]).all())
+        dense = bool(slot_dense[slot]) and state.latest
+        if not slot_epoch[slot] or slot_generation[slot] != generations or not (current or dense):
             continue  # this shape, or this stream, has not run in the current generation
         computed = header[..., COMPUTED_WORD]
         tiles = computed.numel() * k_tiles
-        density = int(computed.sum(dtype=torch.int64)) / tiles
+        density = 1.0 if dense else int(computed.sum(dtype=torch.int64)) / tiles
         calls, dense_calls = int(clock[CALLS]), int(clock[DENSE_CALLS])
         steps = slot_step[slot] + 1
         history: tuple[float | None, ...] = ()

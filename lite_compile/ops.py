@@ -6,6 +6,7 @@ Kernels are imported when a tensor of their device arrives, so importing this fi
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -24,8 +25,8 @@ from .skip_state import (
     unpack_bits,
 )
 
-NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION = range(4)
-NOW_WORDS = 4
+NOW_EPOCH, NOW_STEP, NOW_SLOT, NOW_GENERATION, NOW_FRACTION = range(5)
+NOW_WORDS = 5
 LOG2_E = 1.4426950408889634
 MAX_PROTECTED = 4
 """Most ranges of protected positions."""
@@ -39,7 +40,7 @@ watchers: list[Watcher] = []
 
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
-    "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, float threshold, "
+    "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, Tensor threshold, "
     "int tile_q, int tile_k, bool heads_last=True, bool return_lse=False, Tensor? key_bias=None, "
     'SymInt[] protected=[], str kernel_name="triton") -> (Tensor, Tensor)'
 )
@@ -58,7 +59,7 @@ def allocate_outputs(q: Tensor, v: Tensor, heads_last: bool, return_lse: bool) -
 
 
 def _check(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: Tensor, tile_q: int, tile_k: int,
     key_bias: Tensor | None, protected: Sequence[int],
 ) -> TileShape:  # fmt: skip
     """Kernels index memory by these shapes, so a wrong one has to end here. Returns the tile size."""
@@ -82,7 +83,7 @@ def _check(
 
 
 def _check_kinds(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: float, tile_q: int, tile_k: int,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: Tensor, tile_q: int, tile_k: int,
     key_bias: Tensor | None, protected: Sequence[int],
 ) -> None:  # fmt: skip
     """What can be said while tracing, when sizes may be symbols."""
@@ -102,8 +103,11 @@ def _check_kinds(
             f"key_bias is {key_bias.dtype} {tuple(key_bias.shape)} on {key_bias.device}; "
             f"allowed: float32 [B, Sk] or [1, Sk] on {q.device}"
         )
-    if not threshold <= 0:
-        raise ValueError(f"threshold is {threshold}; allowed: a number <= 0")
+    if (threshold.dtype, threshold.device) != (torch.float32, q.device) or threshold.numel() != 1:
+        raise ValueError(
+            f"threshold is {threshold.dtype} {tuple(threshold.shape)} on {threshold.device}; "
+            f"allowed: float32 with one element on {q.device}"
+        )
     if tile_q <= 0 or tile_k <= 0:
         raise ValueError(f"tile is {tile_q} x {tile_k}; allowed: positive sizes")
     descending = any(statically_known_true(b < a) for a, b in itertools.pairwise((0, *protected)))
@@ -116,7 +120,7 @@ def _check_kinds(
 
 @torch.library.register_fake("lite_compile::attend", lib=_library)
 def _attend_fake(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
     protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -126,7 +130,7 @@ def _attend_fake(
 
 @torch.library.impl(_library, "attend", "CPU")
 def _attend_cpu(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
     protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -142,7 +146,7 @@ def _attend_cpu(
 
 @torch.library.impl(_library, "attend", "CUDA")
 def _attend_cuda(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile_q: int, tile_k: int, heads_last: bool = True, return_lse: bool = False, key_bias: Tensor | None = None,
     protected: Sequence[int] = (), kernel_name: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
@@ -155,6 +159,12 @@ def _attend_cuda(
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse
+
+
+def usable_threshold(threshold: Tensor) -> float:
+    """The value of a one-element tensor on the CPU; NaN, below which nothing lies, if it is positive."""
+    value = float(threshold.item())
+    return value if value <= 0 else math.nan
 
 
 def visit_order(k_tiles: int, first: int, anchors: Tensor, skipped: Tensor) -> Tensor:
@@ -182,7 +192,7 @@ def touched_tiles(tiles: int, size: int, protected: Sequence[int]) -> Tensor:
 
 
 def attend_reference(
-    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor, tile: TileShape,
     key_bias: Tensor | None = None, protected: Sequence[int] = (),
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """What `attend` computes, written to be read: one tile of queries after another, in the dtype of `q`.
@@ -190,11 +200,13 @@ def attend_reference(
     Args:
         q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`, where `Hkv` divides `H`: head `h` of q uses head `h // (H // Hkv)`.
         state: int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
-        now: int32 `[NOW_WORDS]`: epoch (one per generation and guidance stream), step, slot of the stream, generation.
+        now: int32 `[NOW_WORDS]`: epoch (one per generation and guidance stream), step, slot of the stream, generation,
+            and the fraction of the trajectory, which kernels do not read (`trajectory.fraction_of`).
             A slot that `state` does not have (-1) means that none may be used: everything is computed and nothing is
             recorded.
         scale: softmax scale.
-        threshold: log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf.
+        threshold: float32, one element, log2 units, <= 0; `-inf` marks nothing but tiles whose scores are all -inf. A
+            value that is positive or NaN marks nothing at all.
         tile: tile size the state was made for.
         key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores of all heads and rows: 0 keeps a key, -inf
             removes it.
@@ -217,6 +229,7 @@ def attend_reference(
     layout = row_layout(k_tiles)
     groups = torch.arange(k_tiles) // layout.anchor_group
     epoch, slot = int(now[NOW_EPOCH]), int(now[NOW_SLOT])
+    limit = usable_threshold(threshold)
     heads_per_kv = heads // k.shape[1]
     bias = k.new_zeros(batch, k_len) if key_bias is None else key_bias.to(k.dtype).expand(batch, k_len)
     q_protected = touched_tiles(tile_count(q_len, tile.q), tile.q, protected)
@@ -242,7 +255,7 @@ def attend_reference(
                     keys = slice(t * tile.k, min((t + 1) * tile.k, k_len))
                     s = (q[b, h, rows] @ k[b, h // heads_per_kv, keys].T * scale + bias[b, keys]) * LOG2_E
                     tile_max = s.amax(dim=1)
-                    marked[t] = bool((tile_max - running <= threshold).all())
+                    marked[t] = bool((tile_max - running <= limit).all())
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = torch.maximum(running, tile_max)
                     scores.append((keys, s))

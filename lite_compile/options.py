@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-from .errors import OptionTypeError, OptionValueError
+from .errors import OptionTypeError, OptionValueError, nearest, wrong_type, wrong_value
 from .ops import MAX_PROTECTED
+from .schedule import Thresholds, as_thresholds, check_threshold
+from .trajectory import DenseSteps
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 KernelName = Literal["auto", "hopper", "triton", "cpu"]
@@ -24,42 +25,13 @@ def _option(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
     return field(default=default, metadata={"check": check, "doc": doc})
 
 
-def _wrong_type(name: str, value: object, allowed: str) -> OptionTypeError:
-    return OptionTypeError(f"liteattention option {name!r} is {value!r} ({type(value).__name__}); allowed: {allowed}")
-
-
-def _wrong_value(name: str, value: object, allowed: str) -> OptionValueError:
-    return OptionValueError(f"liteattention option {name!r} is {value!r}; allowed: {allowed}")
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """` Did you mean 'x'?` for the known name closest to `name`, or an empty string."""
-    close = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" Did you mean {close[0]!r}?" if close else ""
-
-
-def _threshold(name: str, value: Any) -> float:
-    allowed = "a number <= 0 in log2 units, for example -10.0; -inf skips only what a mask hides"
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _wrong_type(name, value, allowed)
-    try:
-        number = float(value)
-    except OverflowError:  # its digits would fill the message
-        raise OptionValueError(
-            f"liteattention option {name!r} is beyond the range of a float; allowed: {allowed}"
-        ) from None
-    if math.isnan(number) or number > 0:
-        raise _wrong_value(name, value, allowed)
-    return number
-
-
 def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
     def check(name: str, value: Any) -> int:
         allowed = f"an integer from {minimum} to {maximum}"
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong_type(name, value, allowed)
+            raise wrong_type(name, value, allowed)
         if not minimum <= value <= maximum:
-            raise _wrong_value(name, value, allowed)
+            raise wrong_value(name, value, allowed)
         return value
 
     return check
@@ -67,7 +39,7 @@ def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
 
 def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
-        raise _wrong_type(name, value, "True or False")
+        raise wrong_type(name, value, "True or False")
     return value
 
 
@@ -77,20 +49,31 @@ def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | s
             return value
         allowed = f"'auto', or an integer from {minimum} to {maximum}"
         if isinstance(value, bool) or not isinstance(value, int):
-            raise _wrong_type(name, value, allowed)
+            raise wrong_type(name, value, allowed)
         if not minimum <= value <= maximum:
-            raise _wrong_value(name, value, allowed)
+            raise wrong_value(name, value, allowed)
         return value
 
     return check
 
 
+def _dense_steps(name: str, value: Any) -> DenseSteps:
+    allowed = "a pair (first, last), each an integer >= 0 that counts steps or a float from 0 to 1, a share of them"
+    if not isinstance(value, list | tuple) or len(value) != 2:
+        raise wrong_type(name, value, allowed)
+    if any(isinstance(part, bool) or not isinstance(part, int | float) for part in value):
+        raise wrong_type(name, value, allowed)
+    if not all(0 <= part <= (1 if isinstance(part, float) else 2**30) for part in value):
+        raise wrong_value(name, value, allowed)
+    return DenseSteps(*(part or 0 for part in value))
+
+
 def _globs(name: str, value: Any) -> tuple[str, ...]:
     allowed = "a list of layer-name globs such as ['blocks.*.attn1']"
     if isinstance(value, str) or not isinstance(value, list | tuple):
-        raise _wrong_type(name, value, allowed)
+        raise wrong_type(name, value, allowed)
     if not all(isinstance(glob, str) and glob for glob in value):
-        raise _wrong_type(name, value, allowed)
+        raise wrong_type(name, value, allowed)
     return tuple(value)
 
 
@@ -104,9 +87,9 @@ def _protect(name: str, value: Any) -> tuple[Positions, ...] | Literal["auto"]:
         return "auto"
     pairs = () if value is None else value
     if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
-        raise _wrong_type(name, value, allowed)
+        raise wrong_type(name, value, allowed)
     if len(pairs) > MAX_PROTECTED or not all(start < end or start >= 0 > end for start, end in map(_closed, pairs)):
-        raise _wrong_value(name, value, allowed)
+        raise wrong_value(name, value, allowed)
     return tuple((start, end) for start, end in pairs)
 
 
@@ -130,9 +113,9 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
     def check(name: str, value: Any) -> str:
         allowed = " | ".join(repr(choice) for choice in choices)
         if not isinstance(value, str):
-            raise _wrong_type(name, value, allowed)
+            raise wrong_type(name, value, allowed)
         if value not in choices:
-            raise OptionValueError(f"{_wrong_value(name, value, allowed)}.{nearest(value, choices)}")
+            raise OptionValueError(f"{wrong_value(name, value, allowed)}.{nearest(value, choices)}")
         return value
 
     return check
@@ -149,7 +132,7 @@ def _mode(name: str, value: Any) -> str | None:
 def _inductor(name: str, value: Any) -> dict[str, Any]:
     allowed = "a dict of torch._inductor.config entries, for example {'max_autotune': True}"
     if not isinstance(value, Mapping):
-        raise _wrong_type(name, value, allowed)
+        raise wrong_type(name, value, allowed)
     if not value:
         return {}
     from torch._inductor import config
@@ -188,11 +171,19 @@ class Options:
         OptionValueError: (a `ValueError`) a name is unknown or a value is out of range.
     """
 
-    threshold: float = _option(
+    threshold: float | Thresholds = _option(
         -10.0,
-        _threshold,
+        check_threshold,
         "How far below the running maximum of each of its rows a tile of QK^T must lie to be skipped from the next "
-        "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides.",
+        "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides. A number, a "
+        "Schedule or a list of numbers over the trajectory, or a dict of these by layer-name globs.",
+    )
+    dense_steps: DenseSteps = _option(
+        DenseSteps(),
+        _dense_steps,
+        "The first and last steps that compute everything and mark nothing: integers count steps, floats are shares of "
+        "the trajectory. How many steps there are is known from lite_compile.generation(model, steps=...) or from the "
+        "generation before; else a count of last steps has no effect.",
     )
     min_seq_len: int | Literal["auto"] = _option(
         "auto",
@@ -269,6 +260,11 @@ class Options:
         if mode is not None:
             given.setdefault("mode", mode)
         return cls(**given)
+
+    @property
+    def thresholds(self) -> Thresholds:
+        """`threshold` as one kind of object."""
+        return as_thresholds(self.threshold)
 
     @property
     def names(self) -> LayerNames:

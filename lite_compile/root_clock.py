@@ -25,10 +25,12 @@ from torch.utils._pytree import tree_leaves
 
 from .clock import RESET, advance, clock_words
 from .layer_state import versions
-from .ops import NOW_SLOT, NOW_WORDS
+from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
+from .overrides import latest_override, touching_override
 from .passes.find_attention import is_made_up
 from .passes.find_clock_inputs import JOINT_LATENT_NAMES, LATENT_NAMES, TIMESTEP_NAMES
 from .passes.graph_inputs import special_kind
+from .trajectory import UNKNOWN, DenseSteps
 
 RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
 """A module, the frame of a call of it, and the arguments of that call."""
@@ -60,11 +62,13 @@ class RootCall:
     frame: FrameType
     thread: int
     arguments: ClockArguments
+    override: int
+    """`latest_override()` when the call began."""
     number: int = field(default_factory=lambda: next(_numbers))
 
-    def clock(self, max_streams: int, device: torch.device) -> RootClock:
-        """The root's clock for that many streams."""
-        return self.root.clock(max_streams, len(self.arguments.conditions), device)
+    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
+        """The root's clock for that many streams and those dense steps."""
+        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps)
 
     @property
     def module(self) -> nn.Module:
@@ -80,8 +84,8 @@ class RootCall:
 class RootClock:
     """A clock outside of the graphs, and where the current call stands by it."""
 
-    def __init__(self, max_streams: int, conditions: int, device: torch.device) -> None:
-        self._max_streams = max_streams
+    def __init__(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> None:
+        self._max_streams, self._dense_steps = max_streams, dense_steps
         self._call = 0
         with torch.inference_mode(False):
             self.clock = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32, device=device)
@@ -96,7 +100,8 @@ class RootClock:
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
                 t = given.timestep
                 timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
-                self.now.copy_(advance(self.clock, latents, timestep, conditions, self._max_streams))
+                now = advance(self.clock, latents, timestep, conditions, self._max_streams, self._dense_steps)
+                self.now.copy_(now)
         return self.now
 
 
@@ -104,15 +109,16 @@ class Root:
     """What the hooks on one module keep: its clocks, and the call that is running."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._clocks: dict[tuple[int, int, torch.device], RootClock] = {}
+        self._clocks: dict[tuple[int, int, torch.device, DenseSteps], RootClock] = {}
+        self._override = latest_override()
         self.call: RootCall | None = None
         self._contents = _Contents(module)
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
 
-    def clock(self, max_streams: int, conditions: int, device: torch.device) -> RootClock:
-        """The clock for that many streams and conditioning inputs."""
-        key = (max_streams, conditions, device)
+    def clock(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
+        """The clock for that many streams and conditioning inputs, and those dense steps."""
+        key = (max_streams, conditions, device, dense_steps)
         if key not in self._clocks:
             self._clocks[key] = RootClock(*key)
         return self._clocks[key]
@@ -124,9 +130,16 @@ class Root:
             if running is not None and running.thread != threading.get_ident() and running.is_running():
                 return
             found = read_arguments(module, args, kwargs)
-            self.call = None if isinstance(found, str) else RootCall(self, frame, threading.get_ident(), found)
-            if not self._contents.unchanged(module):  # a LoRA, a prompt in a buffer
+            override, before = latest_override(), self._override
+            self._override = override
+            if isinstance(found, str):
+                self.call = None
+            else:
+                self.call = RootCall(self, frame, threading.get_ident(), found, override)
+            changed = not self._contents.unchanged(module)  # a LoRA, a prompt in a buffer
+            if changed:
                 self._contents = _Contents(module)
+            if changed or (override != before and touching_override(_tensors(module)) > before):
                 for clock in self._clocks.values():
                     clock.clock[RESET].fill_(1)
 
@@ -303,6 +316,7 @@ def dense_now(device: torch.device) -> Tensor:
     """What `attend` is told where no state may be used."""
     words = [0] * NOW_WORDS
     words[NOW_SLOT] = -1
+    words[NOW_FRACTION] = int(torch.tensor(UNKNOWN).view(torch.int32))
     with torch.inference_mode(False):
         return torch.tensor(words, dtype=torch.int32, device=device)
 

@@ -14,12 +14,18 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from .announce import tell_steps
+from .clock import RESET
 from .clock_source import ClockSource
 from .layer_state import Binding, LayerSpec, find_binding
 from .options import LayerNames
+from .overrides import latest_override
 from .passes.graph_inputs import attribute_path, fake_value, is_buffer, is_parameter, placeholders, source_name
 from .passes.rewrite_attention import StateInput
 from .root_clock import current_call, dense_now, full_names
+from .schedule import Thresholds
+from .threshold_table import empty_table
+from .trajectory import DenseSteps
 
 Size = int | torch.SymInt
 MAX_REWRITES, MAX_FRESH = 16, 512
@@ -94,7 +100,7 @@ def _text(graph: fx.Graph) -> str:
 
 @dataclass(frozen=True)
 class StateInputs:
-    """What a rewritten graph expects after the inputs of the original: the clock, then one state per layer."""
+    """What a rewritten graph expects after the original's inputs: clock, table of thresholds, one state per layer."""
 
     layers: tuple[StateInput, ...]
     max_streams: int
@@ -105,23 +111,29 @@ class StateInputs:
     """Length of the clock; 0 where it is not an input."""
     names: LayerNames
     """Which layers may use their state, if the names that the graph knows are parts of names."""
+    thresholds: Thresholds
+    dense_steps: DenseSteps
     history: bool = False
     """Whether one density history per layer follows the states."""
 
 
 class StatefulGraph:
-    """Callable that Dynamo gets: appends the clock and the skip states of the model at hand to the arguments."""
+    """Callable that Dynamo gets: appends clock, thresholds and skip states of the model at hand to the arguments."""
 
     def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, state: StateInputs) -> None:
         inputs = placeholders(graph)
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
-        self._key = graph_key(graph)
+        # What the text does not show: a mask made under one threshold is not used under another.
+        self._key = (graph_key(graph), state.thresholds, state.dense_steps)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
+        self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
+        self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
         self._dense = dense_now(state.device)
+        self._no_thresholds = empty_table(len(state.layers), state.device)
         # What identifies a model: the weights of its rewritten layers first, then all else that it is made of.
         self._identity = [position[layer.weight] for layer in state.layers]
         owned = [index for index, node in enumerate(inputs) if is_parameter(node) or is_buffer(node)]
@@ -136,29 +148,53 @@ class StatefulGraph:
         binding = find_binding(self._key, tensors, self._clock_words, self._device)
         self._warn_if_nothing_lasts(binding)
         with binding.lock:
-            if self._source is ClockSource.ROOT:
-                clock = self._follow_root(binding)
-            else:
-                clock = binding.clock
-                if self._source is ClockSource.ANNOUNCED:
-                    binding.listen()
+            clock = self._follow_root(binding) if self._source is ClockSource.ROOT else self._own_clock(binding)
+            table = binding.thresholds.table
             states = binding.states(self._resolve(args), self._history)
             histories = [state.history for state in states] if self._history else []
-            return self._compiled(*args, clock, *(state.state for state in states), *histories)
+            thresholds = self._no_thresholds if table is None else table
+            return self._compiled(*args, clock, thresholds, *(state.state for state in states), *histories)
+
+    def _own_clock(self, binding: Binding) -> Tensor:
+        """The clock that the graph advances or, if the user drives it, reads."""
+        changed = self._follow_thresholds(binding, latest_override())
+        if self._source is ClockSource.ANNOUNCED:
+            if changed:
+                binding.void()
+            binding.listen()
+        elif changed:
+            with torch.inference_mode(False), torch.no_grad():
+                binding.clock[RESET].fill_(1)
+        if self._source is None:
+            self._tell_steps(binding, binding.clock)
+        return binding.clock
+
+    def _follow_thresholds(self, binding: Binding, number: int) -> bool:
+        return binding.thresholds.update(
+            self._thresholds, binding.names or self._layer_names, binding.tensors(), number
+        )
+
+    def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
+        anchor = binding.tensors()[0] if self._dense_steps.count_last else None
+        if anchor is not None:
+            tell_steps(anchor, clock)
 
     def _follow_root(self, binding: Binding) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
         if call is None:
             return self._dense
-        root = call.clock(self._max_streams, self._device)
+        root = call.clock(self._max_streams, self._device, self._dense_steps)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
+        # If this changes anything, the root's hooks have reset the clock.
+        self._follow_thresholds(binding, call.override)
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
             return self._dense
         binding.served = call.number
+        self._tell_steps(binding, root.clock)
         return root.read(call)
 
     def _warn_if_nothing_lasts(self, binding: Binding) -> None:

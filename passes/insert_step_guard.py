@@ -9,13 +9,15 @@ from ..announce import read_announced
 from ..clock import advance, clock_words
 from ..clock_source import ClockSource
 from ..ops import NOW_WORDS
+from ..trajectory import NONE_DENSE, DenseSteps
 from .find_clock_inputs import ClockInputs
 from .graph_inputs import append_input, fake_mode, placeholders
 
 
 def insert_step_guard(
-    gm: fx.GraphModule, source: ClockInputs | ClockSource, max_streams: int, device: torch.device
-) -> fx.Node:
+    gm: fx.GraphModule, source: ClockInputs | ClockSource, max_streams: int, device: torch.device,
+    dense_steps: DenseSteps = NONE_DENSE,
+) -> fx.Node:  # fmt: skip
     """Append the clock as a graph input and advance it before anything else runs.
 
     If the user's `lite_compile.generation` announces the steps, the clock is only read. If hooks on the model's root
@@ -29,12 +31,13 @@ def insert_step_guard(
     if source is ClockSource.ROOT:
         return append_input(gm.graph, "lite_now", fake_now)
     clock = append_input(gm.graph, "lite_clock", fake_clock)
+    dense = (tuple(dense_steps),) if dense_steps.any else ()
     with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
         if isinstance(source, ClockSource):
-            now = gm.graph.call_function(read_announced, (clock, max_streams))
+            now = gm.graph.call_function(read_announced, (clock, max_streams, *dense))
         else:
             latents = [source.latents, *source.more_latents] if source.more_latents else source.latents
-            arguments = (clock, latents, source.timestep, list(source.conditions), max_streams)
+            arguments = (clock, latents, source.timestep, list(source.conditions), max_streams, *dense)
             now = gm.graph.call_function(advance, arguments)
     now.name = "now"
     now.meta["example_value"] = fake_now

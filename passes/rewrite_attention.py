@@ -36,18 +36,23 @@ class StateInput:
 
 
 def rewrite_attention(
-    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, threshold: float, max_streams: int
+    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int
 ) -> list[StateInput]:
-    """Replace each site by `lite_compile::attend`; the rest of the graph is untouched."""
+    """Replace each site by `lite_compile::attend`; the rest of the graph is untouched.
+
+    Args:
+        now: int32 `[NOW_WORDS]`: where the call stands.
+        thresholds: float32 `[len(rewrites)]`: one for each site, in log2 units.
+    """
     emitted: dict[Operand, fx.Node] = {}
     return [
-        _rewrite(gm.graph, number, rewrite, now, threshold, max_streams, emitted)
+        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, emitted)
         for number, rewrite in enumerate(rewrites)
     ]
 
 
 def _rewrite(
-    graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, threshold: float, max_streams: int,
+    graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, thresholds: fx.Node, max_streams: int,
     emitted: dict[Operand, fx.Node],
 ) -> StateInput:  # fmt: skip
     site, tile, place = rewrite.site, rewrite.kernel.tile, rewrite.place
@@ -61,14 +66,19 @@ def _rewrite(
 
     with graph.inserting_before(site.node):
         operands = emit(graph, (site.q, site.k, site.v), emitted, like=site.origin)
+        threshold = graph.create_node(
+            "call_function", operator.getitem, (thresholds, number), name=f"threshold_{number}"
+        )
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
             emit(graph, _optional_arguments(rewrite), emitted, like=site.origin),
         )
         result = graph.call_function(operator.getitem, (attend, 0))
+        copy_origin(site.origin, threshold)
         copy_origin(site.origin, attend)
         copy_origin(site.origin, result)
+        threshold.meta["example_value"] = q.new_empty((), dtype=torch.float32)
         attend.meta["example_value"] = ops.allocate_outputs(q, q, place.heads_last, return_lse=False)
         result.meta["example_value"] = attend.meta["example_value"][0]
         restored = emit(graph, _restore(site, result, place.contiguous), emitted, like=site.origin)

@@ -94,11 +94,11 @@ def test_another_autocast_dtype_is_another_graph() -> None:
 def test_the_op_itself_computes_as_without_autocast() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 100, 16) for _ in range(3))
-    results = []
+    results, threshold = [], torch.tensor(-1.0)
     for enabled in (False, True):
         state = torch.zeros(state_shape(1, 1, 2, 100, 100, CPU_TILE), dtype=torch.int32)
-        now = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
+        now = torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32)
         with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
-            out, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, *CPU_TILE, True, True)
+            out, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, threshold, *CPU_TILE, True, True)
         results.append((out, lse, state))
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))

@@ -46,7 +46,8 @@ def test_second_generation_differs_when_masks_are_kept(monkeypatch: pytest.Monke
 
     def never_new(clock: Any, latents: Any, timestep: Any, conditions: Any, max_streams: int) -> torch.Tensor:
         calls = clock[3:4].add_(1)
-        return torch.cat([torch.ones_like(calls), calls, torch.zeros_like(calls), torch.ones_like(calls)])
+        zeros, ones = torch.zeros_like(calls), torch.ones_like(calls)
+        return torch.cat([ones, calls, zeros, ones, zeros])
 
     monkeypatch.setattr("lite_compile.passes.insert_step_guard.advance", never_new)
     generate(1)

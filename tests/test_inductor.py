@@ -39,11 +39,16 @@ def test_state_is_neither_cloned_nor_copied_and_nothing_synchronises() -> None:
     code = "\n".join(codes)
     calls = re.findall(r"torch\.ops\.lite_compile\.attend\.default\((.*)\)", code)
     assert len(calls) == 2
+    thresholds: set[str] = set()
     for call in calls:
-        found = re.search(r"(\w+), \w+, [\d.]+, -[\d.]+, \d+, \d+", call)  # state, now, scale, threshold, tile
+        # state, now, scale, threshold, tile
+        found = re.search(r"(\w+), \w+, [\d.]+, reinterpret_tensor\((\w+), \(\), \(\), \d\), \d+, \d+", call)
         assert found, call
         assert re.fullmatch(r"arg\d+_1", found[1]), f"the state is {found[1]}, not an input of the graph"
+        assert re.fullmatch(r"buf\d+", found[2])
+        thresholds.add(found[2])
     assert not re.search(r"empty_strided\w*\(\(4, 1, 2,[^)]*\), \([^)]*\), torch\.int32\)", code)
+    assert len(thresholds) == 1  # computed once for all layers
     assert ".item()" not in code
     assert "synchronize" not in code
 

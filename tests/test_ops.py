@@ -17,6 +17,7 @@ from lite_compile.ops import attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(64, 32)
+MINUS_ONE = torch.tensor(-1.0)
 
 
 def arguments(dtype: torch.dtype = torch.float32, k_len: int = 100) -> tuple[Tensor, ...]:
@@ -24,7 +25,7 @@ def arguments(dtype: torch.dtype = torch.float32, k_len: int = 100) -> tuple[Ten
     q = torch.randn(2, 70, 3, 16, dtype=dtype).transpose(1, 2)
     k, v = (torch.randn(2, k_len, 3, 16, dtype=dtype).transpose(1, 2) for _ in range(2))
     state = torch.zeros(state_shape(2, 2, 3, 70, k_len, TILE), dtype=torch.int32)
-    now = torch.tensor([1, 0, 1, 1], dtype=torch.int32)
+    now = torch.tensor([1, 0, 1, 1, 0], dtype=torch.int32)
     return q, k, v, state, now
 
 
@@ -36,7 +37,7 @@ def test_opcheck(dtype: torch.dtype, heads_last: bool, return_lse: bool) -> None
     q, k, v, state, now = arguments(dtype)
     torch.library.opcheck(
         torch.ops.lite_compile.attend.default,
-        (q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, heads_last, return_lse),
+        (q, k, v, state, now, 0.25, MINUS_ONE, TILE.q, TILE.k, heads_last, return_lse),
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )
 
@@ -47,7 +48,7 @@ def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int
     q, k, v, state, now = arguments()
     torch.library.opcheck(
         torch.ops.lite_compile.attend.default,
-        (q, k[:, :1], v[:, :1], state, now, 0.25, -1.0, TILE.q, TILE.k),
+        (q, k[:, :1], v[:, :1], state, now, 0.25, MINUS_ONE, TILE.q, TILE.k),
         {"key_bias": torch.randn(bias_batch, 100), "protected": protected},
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )
@@ -64,8 +65,8 @@ def test_reference_is_dense_attention_where_nothing_is_skipped(kv_heads: int, bi
         bias = torch.randn(bias_batch, 90)
         bias[-1, 7:40] = -math.inf
     state = torch.zeros(state_shape(1, 2, 4, 70, 90, TILE), dtype=torch.int32)
-    now = torch.tensor([1, 0, 0, 0], dtype=torch.int32)
-    out, lse = attend_reference(q, k, v, state, now, 0.3, -4.0, TILE, bias)
+    now = torch.tensor([1, 0, 0, 0, 0], dtype=torch.int32)
+    out, lse = attend_reference(q, k, v, state, now, 0.3, torch.tensor(-4.0), TILE, bias)
     mask = None if bias is None else bias.double()[:, None, None]
     expected = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=0.3, enable_gqa=True)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=1e-12)
@@ -92,7 +93,7 @@ def test_tiles_that_touch_a_range(protected: tuple[int, ...], expected: list[int
 def test_layout_of_the_output() -> None:
     q, k, v, state, now = arguments()
     for heads_last in (True, False):
-        out, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, heads_last)
+        out, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, MINUS_ONE, TILE.q, TILE.k, heads_last)
         assert out.is_contiguous() != heads_last
         assert out.transpose(1, 2).is_contiguous() == heads_last
         assert lse.numel() == 0
@@ -100,7 +101,7 @@ def test_layout_of_the_output() -> None:
 
 def test_lse_is_the_log_of_the_sum_of_exponentials() -> None:
     q, k, v, state, now = arguments()
-    _, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, True, True)
+    _, lse = torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, MINUS_ONE, TILE.q, TILE.k, True, True)
     expected = torch.logsumexp(q.double() @ k.double().transpose(-1, -2) * 0.25, -1)
     torch.testing.assert_close(lse.double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -111,7 +112,7 @@ def test_gradients_are_refused() -> None:
     for x in (q, bias):
         x.requires_grad_()
         with pytest.raises(RuntimeError, match="no backward"):
-            torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, -1.0, TILE.q, TILE.k, key_bias=bias)
+            torch.ops.lite_compile.attend(q, k, v, state, now, 0.25, MINUS_ONE, TILE.q, TILE.k, key_bias=bias)
         x.requires_grad_(False)
     assert not state.any()
 
@@ -142,15 +143,23 @@ def test_wrong_shapes_and_dtypes_raise_before_anything_is_touched(
     state = given["state"]
     given[name] = change(given[name])
     with pytest.raises(ValueError, match=r"allowed|agree"):
-        torch.ops.lite_compile.attend(*given.values(), 0.25, -1.0, TILE.q, TILE.k)
+        torch.ops.lite_compile.attend(*given.values(), 0.25, MINUS_ONE, TILE.q, TILE.k)
     assert not state.any()
 
 
 @pytest.mark.parametrize(
     ("threshold", "tile", "named"),
-    [(0.5, TILE, "threshold"), (float("nan"), TILE, "threshold"), (-1.0, (0, 32), "tile"), (-1.0, (64, -32), "tile")],
+    [
+        (torch.tensor(-1.0).double(), TILE, "threshold"),
+        (torch.tensor(-1), TILE, "threshold"),
+        (torch.tensor([-1.0, -1.0]), TILE, "threshold"),
+        (torch.zeros(0), TILE, "threshold"),
+        (torch.tensor(-1.0, device="meta"), TILE, "threshold"),
+        (MINUS_ONE, (0, 32), "tile"),
+        (MINUS_ONE, (64, -32), "tile"),
+    ],
 )
-def test_wrong_numbers_raise(threshold: float, tile: tuple[int, int], named: str) -> None:
+def test_wrong_numbers_raise(threshold: Tensor, tile: tuple[int, int], named: str) -> None:
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with context, pytest.raises(ValueError, match=rf"{named} is .*allowed"):
             torch.ops.lite_compile.attend(*arguments(), 0.25, threshold, *tile)
@@ -160,27 +169,27 @@ def test_wrong_numbers_raise(threshold: float, tile: tuple[int, int], named: str
 def test_wrong_ranges_raise(protected: tuple[int, ...]) -> None:
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with context, pytest.raises(ValueError, match=r"protected is .*allowed"):
-            torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, protected=protected)
+            torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, protected=protected)
 
 
 @pytest.mark.parametrize("bias", [torch.zeros(2, 100).double(), torch.zeros(2, 1, 1, 100)], ids=["dtype", "rank"])
 def test_wrong_kinds_of_bias_raise(bias: Tensor) -> None:
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with context, pytest.raises(ValueError, match=r"key_bias is .*allowed"):
-            torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, key_bias=bias)
+            torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_bias=bias)
 
 
 @pytest.mark.parametrize("shape", [(3, 100), (2, 70), (0, 100)], ids=str)
 def test_wrong_shapes_of_bias_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"key_bias is .*allowed"):
-        torch.ops.lite_compile.attend(*arguments(), 0.25, -1.0, *TILE, key_bias=torch.zeros(shape))
+        torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_bias=torch.zeros(shape))
 
 
 def test_wrong_kinds_raise_while_tracing() -> None:
     q, k, v, state, now = arguments()
     for wrong in ((q.long(), k, v, state, now), (q, k, v, state[0], now), (q, k, v, state, now.long())):
         with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(ValueError, match="allowed"):
-            torch.ops.lite_compile.attend(*wrong, 0.25, -1.0, *TILE)
+            torch.ops.lite_compile.attend(*wrong, 0.25, MINUS_ONE, *TILE)
 
 
 @pytest.mark.parametrize("count", [1, 31, 32, 33, 64, 100])

@@ -17,6 +17,23 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"threshold": -(10**400)}, ValueError, ["threshold", "range of a float", "<= 0"]),
     ({"threshold": "-10"}, TypeError, ["threshold", "'-10'", "str"]),
     ({"threshold": True}, TypeError, ["threshold", "True"]),
+    ({"threshold": None}, TypeError, ["threshold", "None", "lite_compile.Schedule", "'*'"]),
+    ({"threshold": [-3]}, ValueError, ["threshold", "[-3]", "two or more"]),
+    ({"threshold": [-3, 1]}, ValueError, ["threshold[1]", "is 1", "<= 0"]),
+    ({"threshold": [-3, None]}, TypeError, ["threshold[1]", "None", "number"]),
+    ({"threshold": {"blocks.*": -3}}, ValueError, ["threshold", "'blocks.*'", "under '*'"]),
+    ({"threshold": {"*": -3, "": -4}}, TypeError, ["threshold", "layer-name globs"]),
+    ({"threshold": {"*": -3, "a": 2}}, ValueError, ["threshold['a']", "is 2", "<= 0"]),
+    ({"threshold": {"*": [-3, "x"]}}, TypeError, ["threshold['*'][1]", "'x'"]),
+    ({"threshold": {"*": {"*": -3}}}, TypeError, ["threshold['*']", "lite_compile.Schedule"]),
+    ({"dense_steps": 3}, TypeError, ["dense_steps", "3", "pair (first, last)"]),
+    ({"dense_steps": (1, 2, 3)}, TypeError, ["dense_steps", "(1, 2, 3)"]),
+    ({"dense_steps": (True, 0)}, TypeError, ["dense_steps", "True"]),
+    ({"dense_steps": ("1", 0)}, TypeError, ["dense_steps", "'1'"]),
+    ({"dense_steps": (-1, 0)}, ValueError, ["dense_steps", "-1", "integer >= 0"]),
+    ({"dense_steps": (0, 1.5)}, ValueError, ["dense_steps", "1.5", "float from 0 to 1"]),
+    ({"dense_steps": (float("nan"), 0)}, ValueError, ["dense_steps", "nan"]),
+    ({"dense_step": (1, 0)}, ValueError, ["dense_step", "Did you mean 'dense_steps'?"]),
     ({"min_seq_len": 0}, ValueError, ["min_seq_len", "0", "integer from 1"]),
     ({"min_seq_len": 10.5}, TypeError, ["min_seq_len", "10.5"]),
     ({"min_seq_len": "aut"}, TypeError, ["min_seq_len", "'aut'", "'auto'"]),
@@ -93,6 +110,8 @@ def test_good_values() -> None:
     assert options.layers == ("a.*",)
     assert options.inductor_config()["max_autotune"] is True
     assert Options(threshold=0).threshold == 0.0
+    assert Options(dense_steps=[2, 0.1]).dense_steps == (2, 0.1)
+    assert Options().dense_steps == Options(dense_steps=(0, 0.0)).dense_steps == (0, 0)
     assert Options().protect == Options(protect="auto").protect == "auto"
     assert Options(protect=None).protect == Options(protect=[]).protect == ()
     assert Options(protect=[[-256, None], (0, -10)]).protect == ((-256, None), (0, -10))

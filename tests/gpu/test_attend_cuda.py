@@ -65,10 +65,11 @@ def attend(
     key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tile = chosen(kernel, q).tile
-    now = torch.tensor([7, 0, slot, 1], dtype=torch.int32, device="cuda")
+    now = torch.tensor([7, 0, slot, 1, 0], dtype=torch.int32, device="cuda")
+    limit = torch.tensor(threshold, device="cuda")
     torch.empty_like(q).fill_(float("nan"))  # poison what the allocator may hand out as the output
     return torch.ops.lite_compile.attend(
-        q, k, v, state, now, scale, threshold, tile.q, tile.k, True, lse, key_bias, protected, kernel
+        q, k, v, state, now, scale, limit, tile.q, tile.k, True, lse, key_bias, protected, kernel
     )
 
 
@@ -116,13 +117,13 @@ def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype,
     scale, threshold = q.shape[-1] ** -0.5, -8.0
     state, tile = new_state(q, k, kernel)
     expected = state.cpu()
-    now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
+    now = torch.tensor([7, 0, 1, 1, 0], dtype=torch.int32)
     doubles = [x.double().cpu() for x in (q, k, v)]
     k_tiles = tile_count(k.shape[2], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
         out, _ = attend(q, k, v, state, 1, threshold, scale, kernel=kernel)
-        reference, _ = attend_reference(*doubles, expected, now, scale, threshold, tile)
+        reference, _ = attend_reference(*doubles, expected, now, scale, torch.tensor(threshold), tile)
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
         assert (ours != theirs).sum() <= 0.01 * ours.numel()
@@ -179,14 +180,21 @@ def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
     bias = None if kind == "none" else padding(kind, 2, shape[3])
     state, tile = new_state(q, k, kernel)
     expected = state.cpu()
-    now = torch.tensor([7, 0, 1, 1], dtype=torch.int32)
+    now = torch.tensor([7, 0, 1, 1, 0], dtype=torch.int32)
     doubles = [x.double().cpu() for x in (q, k, v)]
     k_tiles = tile_count(shape[3], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
         out, _ = attend(q, k, v, state, 1, threshold, scale, key_bias=bias, protected=protected, kernel=kernel)
         reference, _ = attend_reference(
-            *doubles, expected, now, scale, threshold, tile, None if bias is None else bias.cpu(), protected
+            *doubles,
+            expected,
+            now,
+            scale,
+            torch.tensor(threshold),
+            tile,
+            None if bias is None else bias.cpu(),
+            protected,
         )
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
@@ -241,6 +249,21 @@ def test_oracle_detection(kernel: str) -> None:
     assert not (marked & ~strict).any()
     assert (marked & oracle).sum() >= 0.9 * oracle.sum()
     assert oracle.float().mean() > 0.3
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("threshold", [float("nan"), 0.5])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float, kernel: str) -> None:
+    q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
+    state, tile = new_state(q, k, kernel)
+    start = row_layout(tile_count(1024, tile.k)).mask_start
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    assert not state[0, ..., start:].any()
+    attend(q, k, v, state, 0, -8.0, 0.125, kernel=kernel)
+    marked = state[0, ..., start:].clone()
+    assert marked.any()
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    assert torch.equal(state[0, ..., start:], marked)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -83,10 +83,14 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
     assert all(torch.equal(a, b) for a, b in zip(*masks, strict=True))
 
 
-@pytest.mark.parametrize("history", [False, True])
-def test_no_host_synchronisation_in_a_step(history: bool) -> None:
+@pytest.mark.parametrize(
+    "given",
+    [{}, {"history": True}, {"threshold": lite_compile.Schedule.linear(-12, -3), "dense_steps": (1, 1)}],
+    ids=["", "history", "schedule"],
+)
+def test_no_host_synchronisation_in_a_step(given: dict[str, Any]) -> None:
     model = tiny_wan()
-    run = torch.compile(model, backend="liteattention", options=options(history=history))
+    run = torch.compile(model, backend="liteattention", options=options(**given))
     arguments = {"hidden_states": noise(0), "encoder_hidden_states": prompt(0)}
     times = [torch.tensor([t], device="cuda") for t in (1000.0, 900.0, 800.0)]
     with torch.no_grad():

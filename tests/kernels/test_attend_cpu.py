@@ -42,7 +42,7 @@ def one_thread() -> Iterator[None]:
 
 
 def now_at(epoch: int = 1, slot: int = 0) -> Tensor:
-    return torch.tensor([epoch, 0, slot, 0], dtype=torch.int32)
+    return torch.tensor([epoch, 0, slot, 0, 0], dtype=torch.int32)
 
 
 def fresh_state(q: Tensor, k: Tensor, tile: TileShape, streams: int = 1) -> Tensor:
@@ -90,7 +90,8 @@ def call(
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = poison(torch.full((*q.shape[:3], v.shape[-1]), math.nan, dtype=q.dtype))
     lse = torch.full(q.shape[:3], math.nan)
-    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse, key_bias, protected)
+    limit = torch.tensor(threshold)
+    attend_cpu(q, k, v, state, now, scale, limit, tile, out, lse, key_bias, protected)
     return out, lse
 
 
@@ -125,7 +126,14 @@ def follow_reference(
         skipped = skipped_bits(state, k.shape[2], tile)[0]
         out, lse = call(q, k, v, state, now, scale, threshold, tile, key_bias=key_bias, protected=protected)
         expected, expected_lse = attend_reference(
-            q.double(), k.double(), v.double(), reference_state, now, scale, threshold, tile, key_bias, protected
+            *(x.double() for x in (q, k, v)),
+            reference_state,
+            now,
+            scale,
+            torch.tensor(threshold),
+            tile,
+            key_bias,
+            protected,
         )
         assert torch.equal(state, reference_state)
         assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile, key_bias))
@@ -199,6 +207,21 @@ def test_streams_are_separate() -> None:
     assert torch.equal(state[1], alone[0])
 
 
+@pytest.mark.parametrize("threshold", [math.nan, 0.5, math.inf])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float) -> None:
+    """Whatever a call finds on the device; what was marked before stays so."""
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    follow_reference(q, k, v, 0.25, threshold, SMALL)
+    state = fresh_state(q, k, SMALL)
+    call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+    assert not skipped_bits(state, 150, SMALL).any()
+    call(q, k, v, state, now_at(), 0.25, threshold_between(10, 0.25), SMALL)
+    marked = skipped_bits(state, 150, SMALL)
+    assert marked.any()
+    call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
+    assert torch.equal(skipped_bits(state, 150, SMALL), marked)
+
+
 def test_stale_generation_reads_as_empty() -> None:
     q, k, v = clustered(1, 2, 128, 128, 16)
     threshold = threshold_between(10, 0.25)
@@ -231,7 +254,7 @@ def test_nan_stays_in_its_row_and_never_marks(place: str) -> None:
     for _ in range(3):
         out, lse = call(q, k, v, state, now_at(), 0.25, threshold, SMALL)
         expected, _ = attend_reference(
-            q.double(), k.double(), v.double(), reference_state, now_at(), 0.25, threshold, SMALL
+            q.double(), k.double(), v.double(), reference_state, now_at(), 0.25, torch.tensor(threshold), SMALL
         )
         assert torch.equal(state, reference_state)
         torch.testing.assert_close(out.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -244,7 +267,7 @@ def test_scores_of_minus_infinity_leave_no_row_without_a_tile() -> None:
     state = fresh_state(q, k, CPU_TILE)
     expected = state.clone()
     call(q, k, v, state, now_at(), 0.25, -1.0, CPU_TILE)
-    attend_reference(q.double(), k.double(), v.double(), expected, now_at(), 0.25, -1.0, CPU_TILE)
+    attend_reference(q.double(), k.double(), v.double(), expected, now_at(), 0.25, torch.tensor(-1.0), CPU_TILE)
     assert not skipped_bits(state, 256, CPU_TILE).all(-1).any()
     assert torch.equal(skipped_bits(state, 256, CPU_TILE), skipped_bits(expected, 256, CPU_TILE))
 
@@ -260,7 +283,7 @@ def test_imposed_empty_rows_are_zero() -> None:
     expected_state = state.clone()
     out, lse = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL)
     doubles = [x.double() for x in (q, k, v)]
-    expected, expected_lse = attend_reference(*doubles, expected_state, now_at(), 0.25, -8.0, SMALL)
+    expected, expected_lse = attend_reference(*doubles, expected_state, now_at(), 0.25, torch.tensor(-8.0), SMALL)
     empty = torch.tensor([[True, False], [True, True]]).repeat_interleave(32, 1)[None]
     for rows, logs in ((out, lse), (expected, expected_lse)):
         assert torch.equal(logs == -math.inf, empty)
@@ -392,7 +415,7 @@ def test_protected_tiles_are_computed_though_the_state_marks_everything() -> Non
     expected_state = state.clone()
     out, _ = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL, protected=protected)
     exact = [x.double() for x in (q, k, v)]
-    attend_reference(*exact, expected_state, now_at(), 0.25, -8.0, SMALL, None, protected)
+    attend_reference(*exact, expected_state, now_at(), 0.25, torch.tensor(-8.0), SMALL, None, protected)
     assert torch.equal(state, expected_state)
     keys = slice(32, 64)  # the tiles of 16 keys that hold 40 to 49
     few = torch.softmax(q @ k[:, :, keys].mT * 0.25, -1) @ v[:, :, keys]
@@ -410,7 +433,7 @@ def test_lse_is_optional_and_runs_repeat_bit_for_bit() -> None:
     for _ in range(2):
         state, out = fresh_state(q, k, tile), torch.full_like(q, math.nan)
         for _ in range(3):
-            attend_cpu(q, k, v, state, now_at(), 0.125, threshold_between(60, 0.125), tile, out)
+            attend_cpu(q, k, v, state, now_at(), 0.125, torch.tensor(threshold_between(60, 0.125)), tile, out)
         outs.append((out, state))
     with_lse = fresh_state(q, k, tile)
     for _ in range(3):

@@ -35,16 +35,17 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     optional = {
         "lse": fixed["HAS_LSE"],
         "key_bias": fixed["HAS_BIAS"],
+        "biased": fixed["HAS_BIAS"],
         "q_scales": qk != dtype,
         "k_scales": qk != dtype,
     }
     fixed |= {name: None for name, given in optional.items() if not given}
     types = {"q_desc": block(qk, 64), "k_desc": block(qk, 128), "v_desc": block(dtype, 128), "o_desc": block(dtype, 64)}
-    types |= dict.fromkeys(optional, "*fp32") | dict.fromkeys(("qk_scale", "threshold"), "fp32")
+    types |= dict.fromkeys((*optional, "threshold"), "*fp32") | {"qk_scale": "fp32"}
     types |= {"biased": "*i8", "order": "*i16", "notes": "*i8", "queue": "*i64"}
     types |= dict.fromkeys(fixed, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, kind in enumerate(signature.values()) if kind.startswith("*")]
+    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") and name != "threshold"]
     source = GluonASTSource(kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": 4, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)

@@ -45,9 +45,10 @@ def compile_offline(
         constants["key_bias"] = None
     types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
     types |= {"key_bias": "*fp32", "lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
-    types |= dict.fromkeys(("qk_scale", "threshold"), "fp32") | dict.fromkeys(constants, "constexpr")
+    types |= {"qk_scale": "fp32", "threshold": "*fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") or "_stride_" in name]
+    pointers = [name for name, kind in signature.items() if kind.startswith("*") and name != "threshold"]
+    aligned = [i for i, name in enumerate(signature) if name in pointers or "_stride_" in name]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)

@@ -11,6 +11,7 @@ from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_clock_inputs import ClockInputs, find_clock_inputs
 from lite_compile.passes.graph_inputs import copy_graph, fake_tensor, placeholders
 from lite_compile.passes.insert_step_guard import insert_step_guard
+from lite_compile.trajectory import DenseSteps
 
 
 def lines_with(gm: torch.fx.GraphModule, text: str) -> str:
@@ -31,6 +32,23 @@ now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_p
     )
     assert fake_tensor(placeholders(gm.graph)[-1]).shape == (clock_words(3, 1),)  # type: ignore[union-attr]
     assert now.prev is placeholders(gm.graph)[-1]
+
+
+def test_dense_steps_are_told_to_the_clock() -> None:
+    captured = capture(Denoiser(), *inputs())
+    lines = []
+    for announced in (False, True):
+        gm = copy_graph(captured)
+        clock = ClockSource.ANNOUNCED if announced else find_clock_inputs(gm, find_attention(gm))
+        assert not isinstance(clock, str)
+        insert_step_guard(gm, clock, 3, torch.device("cpu"), DenseSteps(2, 0.1))
+        lines.append(lines_with(gm, "(2, 0.1)"))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [], 3, (2, 0.1))
+now = lite_compile_announce_read_announced(lite_clock, 3, (2, 0.1))""",
+    )
 
 
 def test_announced_clock_reads_no_inputs() -> None:

@@ -253,7 +253,7 @@ getitem_3 = getitem_2[(slice(None, None, None), 0, 0)]
 logical_not = getitem_3.logical_not()
 zeros_like = torch.zeros_like(logical_not, dtype = torch.float32)
 masked_fill = zeros_like.masked_fill(logical_not, -inf)
-attend_default = torch.ops.lite_compile.attend.default(q, k, v, lite_state_0, now, 0.25, -10.0, 128, 64, True, key_bias = masked_fill)""",  # noqa: E501
+attend_default = torch.ops.lite_compile.attend.default(q, k, v, lite_state_0, now, 0.25, threshold_0, 128, 64, True, key_bias = masked_fill)""",  # noqa: E501
     )
 
 

@@ -24,7 +24,8 @@ def test_text_of_a_rewritten_graph() -> None:
         lines_with(gm, "lite_"),
         """\
 now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_prompt_], 4)
-attend_default = torch.ops.lite_compile.attend.default(q, k, v, lite_state_0, now, 0.25, -10.0, 128, 64, True)""",
+thresholds = lite_compile_threshold_table_read_thresholds(lite_table, now)
+attend_default = torch.ops.lite_compile.attend.default(q, k, v, lite_state_0, now, 0.25, threshold_0, 128, 64, True)""",
     )
     assert len(lines_with(gm, "nn.scaled_dot_product_attention(").splitlines()) == 1  # the cross-attention is left
     assert [layer.layer for layer in state.layers] == ["attn"]

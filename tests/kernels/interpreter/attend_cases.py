@@ -20,11 +20,11 @@ from lite_compile.ops import LOG2_E, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(32, 16)
-THRESHOLD = -6.0
+THRESHOLD = torch.tensor(-6.0)
 
 
 def make_now(epoch: int = 7, slot: int = 0) -> Tensor:
-    return torch.tensor([epoch, 0, slot, 0], dtype=torch.int32)
+    return torch.tensor([epoch, 0, slot, 0, 0], dtype=torch.int32)
 
 
 def make_qkv(
@@ -56,10 +56,13 @@ class Pair:
         self.state = torch.zeros(shape, dtype=torch.int32)
         self.expected_state = self.state.clone()
 
-    def call(self, now: Tensor, threshold: float = THRESHOLD, scale: float | None = None) -> tuple[Tensor, Tensor]:
+    def call(
+        self, now: Tensor, threshold: Tensor | float = THRESHOLD, scale: float | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Run both, compare all they return and record; the kernel's `(out, lse)`."""
         q, k, v, bias, protected = self.q, self.k, self.v, self.key_bias, self.protected
         scale = q.shape[-1] ** -0.5 if scale is None else scale
+        threshold = torch.as_tensor(threshold, dtype=torch.float32)
         out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
         lse = torch.full(q.shape[:3], math.nan)
         attend_triton(q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected)
@@ -140,6 +143,30 @@ def test_stale_generation_reads_as_empty() -> None:
     assert not pair.marks().any()
 
 
+@pytest.mark.parametrize("threshold", [math.nan, 0.5, math.inf])
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float) -> None:
+    """Whatever a call finds on the device; what was marked before stays so."""
+    pair = Pair(*make_qkv(1, 2, 50, 96, 32))
+    run(pair, [make_now()] * 2, threshold=threshold)
+    assert not pair.marks().any()
+    pair.call(make_now())
+    marks = pair.marks()
+    assert marks.any()
+    pair.call(make_now(), threshold=threshold)
+    assert torch.equal(pair.marks(), marks)
+
+
+def test_the_threshold_is_one_element_of_many() -> None:
+    """As in a compiled graph, where it lies at any address."""
+    pair = Pair(*make_qkv(1, 2, 50, 96, 32))
+    pair.call(make_now(), threshold=torch.tensor([-math.inf, THRESHOLD, 0.0])[1])
+    marks = pair.marks()
+    assert marks.any()
+    other = Pair(*make_qkv(1, 2, 50, 96, 32))
+    other.call(make_now())
+    assert torch.equal(marks, other.marks())
+
+
 def test_infinite_threshold_never_marks() -> None:
     pair = Pair(*make_qkv(1, 2, 50, 96, 32))
     run(pair, [make_now()] * 2, threshold=-math.inf)
@@ -161,7 +188,7 @@ def test_nan_never_marks() -> None:
     q[0, 0, 3] = math.nan
     state = torch.zeros(state_shape(1, 1, 1, 32, 96, TILE), dtype=torch.int32)
     out = torch.empty_like(q)
-    attend_triton(q, k, v, state, make_now(), 0.2, 0.0, TILE, out)
+    attend_triton(q, k, v, state, make_now(), 0.2, torch.tensor(0.0), TILE, out)
     assert out[0, 0, 3].isnan().all()
     assert not unpack_bits(state[..., row_layout(6).mask_start :], 6).any()
 
@@ -260,7 +287,7 @@ def test_a_batch_entry_without_keys(lowest: float) -> None:
     state = torch.zeros(state_shape(1, 2, 1, 40, 50, TILE), dtype=torch.int32)
     out, lse = torch.empty_like(q), torch.empty(2, 1, 40)
     for _ in range(3):
-        attend_triton(q, k, v, state, make_now(), 0.25, -4.0, TILE, out, lse, bias)
+        attend_triton(q, k, v, state, make_now(), 0.25, torch.tensor(-4.0), TILE, out, lse, bias)
     if lowest == -math.inf:
         assert not out[1].any()
         assert (lse[1] == -math.inf).all()

@@ -68,7 +68,7 @@ def test_states_equal_the_reference(q_len: int, k_len: int, protected: tuple[int
     state, expected = new_states(q, k, streams=2)
     for step in range(3):
         attend(q, k, state, make_now(slot=1), protected)
-        attend_reference(q, k, v, expected, make_now(slot=1), SCALE, THRESHOLD, TILE, None, protected)
+        attend_reference(q, k, v, expected, make_now(slot=1), SCALE, torch.tensor(THRESHOLD), TILE, None, protected)
         assert torch.equal(state, expected), f"step {step}"
     k_tiles = tile_count(k_len, TILE.k)
     assert k_len < 50 or protected or unpack_bits(state[1, ..., row_layout(k_tiles).mask_start :], k_tiles).any()
