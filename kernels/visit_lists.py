@@ -164,7 +164,7 @@ def queue_programs(counts, queue, q_tiles):
     """
     head, heads = tl.program_id(0), tl.num_programs(0)
     own = tl.sum(_sum_row(counts, head, head + 1, q_tiles, 1), 0)
-    before = 0
+    before = head * 0
     for start in range(0, heads, 16):
         other = start + tl.arange(0, 16)
         total = _sum_row(counts, start, heads, q_tiles, 16)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from .control import check_model
+from .errors import nearest
 from .layer_state import LayerState, layer_states
 from .layer_stats import skip_mask
 from .ops import NOW_EPOCH, NOW_SLOT, NOW_STEP, watchers
-from .options import nearest
 from .skip_state import TileShape, skipped_tiles, tile_count
 
 MAX_CELLS = 512

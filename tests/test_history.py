@@ -80,7 +80,11 @@ def test_under_inductor_nothing_is_copied_and_nothing_synchronises() -> None:
     with torch.no_grad():
         _, codes = run_and_get_code(run, **arguments)
     code = "\n".join(codes)
-    calls = re.findall(r"lite_compile\.attend\.default\(.*?(\w+), \w+, [\d.]+, -[\d.]+, \d+, \d+", code)
+    # state, now, scale, threshold, tile
+    pattern = (
+        r"lite_compile\.attend\.default\(.*?(\w+), \w+, [\d.]+, reinterpret_tensor\(\w+, \(\), \(\), \d\), \d+, \d+"
+    )
+    calls = re.findall(pattern, code)
     assert len(calls) == 2
     assert all(re.fullmatch(r"arg\d+_1", state) for state in calls), calls
     assert not re.search(r"empty_strided\w*\(\(4, 1, 2,[^)]*\), \([^)]*\), torch\.int32\)", code)  # no other state

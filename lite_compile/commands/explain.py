@@ -13,9 +13,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import CommandError, OptionTypeError, OptionValueError
+from ..errors import CommandError, OptionTypeError, OptionValueError, nearest
 from ..explanation import explain
-from ..options import Options, nearest
+from ..options import Options
 
 HELP = "Print which attention of a model would be rewritten, and why the rest would not be; nothing is computed."
 
