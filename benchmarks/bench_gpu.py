@@ -6,11 +6,9 @@ Proves the result right against float64 before it times anything. `python benchm
 from __future__ import annotations
 
 import argparse
-import itertools
 import json
 import os
 import platform
-import statistics
 from pathlib import Path
 
 import torch
@@ -19,12 +17,11 @@ import triton
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lite_compile.attention_bench import EPOCH, imposed_state, sustained
 from lite_compile.kernels.select_kernel import Kernel, select_kernel
-from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count
 
 SHAPES = [(1, 12, 32760, 128), (1, 24, 17408, 64), (2, 16, 4096, 64), (1, 24, 4096, 128)]
 SKIPPED = [0.0, 0.42, 0.77]
-EPOCH = 1
 
 
 def inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
@@ -33,19 +30,6 @@ def inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
     return [
         torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
     ]
-
-
-def imposed_state(shape: tuple[int, int, int, int], tile: TileShape, skipped: float) -> tuple[Tensor, Tensor]:
-    """A state in which each row of tiles skips a random `skipped` of its tiles, and those tiles as bools."""
-    batch, heads, length, _ = shape
-    k_tiles = tile_count(length, tile.k)
-    state = torch.zeros(state_shape(1, batch, heads, length, length, tile), dtype=torch.int32, device="cuda")
-    order = torch.rand(*state.shape[1:4], k_tiles, device="cuda").argsort(-1).argsort(-1)
-    mask = order < round(skipped * k_tiles)
-    layout = row_layout(k_tiles)
-    state[0, ..., 0] = EPOCH
-    state[0, ..., layout.mask_start :] = pack_bits(mask, layout.mask_words)
-    return state, mask
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, kernel: Kernel) -> float:
@@ -68,19 +52,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, kernel: Kernel) -> tu
     return torch.ops.lite_compile.attend(
         q, k, v, state, NOW, q.shape[-1] ** -0.5, THRESHOLD, *kernel.tile, kernel_name=kernel.name
     )
-
-
-def sustained(call: object, repeats: int) -> float:
-    """Median milliseconds of back-to-back launches."""
-    events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
-    for _ in range(5):
-        call()
-    for event in events[:-1]:
-        event.record()
-        call()
-    events[-1].record()
-    torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
 def main() -> None:
@@ -109,7 +80,7 @@ def main() -> None:
                 print(f"{'x'.join(map(str, shape)):>20} {name:>8}: {kernel}")
                 continue
             for share in SKIPPED:
-                state, mask = imposed_state(shape, kernel.tile, share)
+                state, mask = imposed_state(shape, kernel.tile, share, "cuda")
                 error = check(q, k, v, state, mask, kernel)
                 actual = float(mask.float().mean())
                 ms = sustained(lambda: attend(q, k, v, state, kernel), repeats)  # noqa: B023

@@ -14,7 +14,8 @@ from matplotlib import pyplot as plt
 from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch
 
-COMPUTED, SKIPPED = "#20466b", "#eceff3"
+from lite_compile.plots import COMPUTED, SKIPPED
+
 STREAM_COLOURS = ("#20466b", "#c8642b", "#3f8f5f", "#8a5a9e")
 MAX_HEADS = 4
 

@@ -1,13 +1,16 @@
 """Attention on Hopper GPUs that skips the key tiles its state marks, in Gluon: one warp loads, three groups compute.
 
-`ops.attend_reference` is the specification. A call is three launches: `list_visits` expands the skip bits into a list
-of tiles per program, the kernel here computes attention over these lists and notes which tiles mattered, and
-`record_visits` packs the notes into bits. Each consumer owns 64 query rows: while one of them is in its softmax, the
-tensor cores work for the others. The producer streams K and V through a ring of two stages in shared memory.
+`ops.attend_reference` is the specification. A call is four launches: `list_visits` expands the skip bits into a list
+of tiles per program, `queue_programs` says which programs come first, the kernel here computes attention over the lists
+and notes which tiles mattered, and `record_visits` packs the notes into bits. Each consumer owns 64 query rows: while
+one of them is in its softmax, the tensor cores work for the others. The producer streams K and V through a ring of two
+stages in shared memory.
 """
 
 from __future__ import annotations
 
+import copy
+import functools
 import math
 from collections.abc import Sequence
 
@@ -27,7 +30,9 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
 from .gluon_adapter import async_load, async_store
-from .visit_lists import list_visits, range_arguments, record_visits
+from .launch import Launcher
+from .quantize_qk import quantize
+from .visit_lists import flag_biased, list_visits, queue_programs, range_arguments, record_visits
 
 HOPPER_TILE = TileShape(192, 128)
 _CONSUMERS = gl.constexpr(3)
@@ -35,7 +40,11 @@ _ROWS = gl.constexpr(64)
 """Query rows of one consumer: what a warpgroup multiplies at once."""
 _TILE_K = gl.constexpr(HOPPER_TILE.k)
 _STAGES = gl.constexpr(2)
-_LN_2 = gl.constexpr(math.log(2))
+_LN_2, _LOG2_E = gl.constexpr(math.log(2)), gl.constexpr(LOG2_E)
+_LOWEST = gl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
+"""Natural units: below it, float32 has no finite value in log2 units."""
+_MAGIC, _MAGIC_BITS = gl.constexpr(1.5 * 2.0**23), gl.constexpr(0x4B400000)
+"""A float32 whose last bit counts ones: adding an integer to its bits adds it to its value, which saves converting."""
 
 
 @gluon.jit
@@ -67,17 +76,27 @@ def _sum_own(x):
 
 
 @gluon.jit
+def _load_bias(pointers, inside):
+    """Bias of a tile's keys in log2 units. What would overflow stays as it is, since the dense sum is finite there."""
+    bias = gl.load(pointers, mask=inside, other=0.0)
+    return gl.where(bias > _LOWEST, bias * _LOG2_E, bias)
+
+
+@gluon.jit
 def _consume(
-    INDEX: gl.constexpr, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr,
+    INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
 ):  # fmt: skip
     """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
     order, count, notes = lists
     batch, head, q_start, lse_start = place
     q_len, k_len, k_tiles = sizes
-    DIM: gl.constexpr = q_smem.shape[4]
-    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE_K, 16])
+    lse, key_bias, biased, q_scales, k_scales = extras
+    DIM: gl.constexpr = v_smem.shape[4]
+    QK_DIM: gl.constexpr = q_smem.shape[4]
+    IS_INT: gl.constexpr = q_smem.dtype == gl.int8
+    S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE_K, 256 // QK_BITS])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
@@ -91,38 +110,53 @@ def _consume(
     running = gl.full([_ROWS], float("-inf"), gl.float32, ROW)
     argmax_tile = gl.zeros([_ROWS], gl.int32, ROW)
     zeros = gl.zeros([_ROWS, _TILE_K], gl.float32, S_LAYOUT)
+    column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
     total = _sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
 
-    q_block = q_smem.index(INDEX).reshape([_ROWS, DIM])
+    if QK_BITS == 8:
+        qk_scale *= gl.load(q_scales + INDEX, mask=q_start + INDEX * _ROWS < q_len, other=1.0)
+    q_block = q_smem.index(INDEX).reshape([_ROWS, QK_DIM])
     mbarrier.wait(q_full.index(INDEX), 0)
     for n in range(count):
         stage = n % _STAGES
         phase = (n // _STAGES) & 1
         tile = gl.load(order + n).to(gl.int32)
-        k_block = k_smem.index(stage).reshape([_TILE_K, DIM]).permute((1, 0))
+        k_block = k_smem.index(stage).reshape([_TILE_K, QK_DIM]).permute((1, 0))
+        factor = qk_scale
+        if QK_BITS == 8:
+            factor = qk_scale * gl.load(k_scales + tile)
         mbarrier.wait(k_full.index(stage), phase)
-        product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[product])
+        if IS_INT:
+            offset = gl.full([_ROWS, _TILE_K], _MAGIC_BITS, gl.int32, S_LAYOUT)
+            product = warpgroup_mma(q_block, k_block, offset, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[product]).to(gl.float32, bitcast=True) - _MAGIC
+        else:
+            product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+            scores = warpgroup_mma_wait(0, deps=[product])
         mbarrier.arrive(k_empty.index(stage), count=1)
+        if HAS_BIAS:  # noqa: SIM102, decided when compiling
+            if gl.load(biased + tile) != 0:
+                left = k_len - tile * _TILE_K
+                scores = scores * factor + _load_bias(key_bias + tile * _TILE_K + column, column < left)[None, :]
+                factor /= factor
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if k_len - tile * _TILE_K < _TILE_K:
-                column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
                 scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
-        tile_max = gl.max(scores, 1) * qk_scale
+        tile_max = gl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
         negligible = tile_max - running <= threshold
         argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
         raised = gl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
         shift = gl.where(raised == float("-inf"), 0.0, raised)
-        weights = gl.exp2(scores * qk_scale - shift[:, None])
+        weights = gl.exp2(scores * factor - shift[:, None])
         decay = gl.exp2(running - shift)
         running = raised
         total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
         weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
-        weights = gl.convert_layout(weights.to(q_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), phase)
         v_block = v_smem.index(stage).reshape([_TILE_K, DIM])
         product = warpgroup_mma(weights, v_block, weighted, is_async=True)
@@ -134,9 +168,9 @@ def _consume(
     sums = gl.convert_layout(gl.sum(total, 1), ROW)
     inverse = 1.0 / gl.where(sums == 0, 1.0, sums)
     weighted = weighted * gl.convert_layout(inverse, O_ROW)[:, None]
-    q_block.store(weighted.to(q_smem.dtype))
+    o_smem.index(INDEX).reshape([_ROWS, DIM]).store(weighted.to(o_smem.dtype))
     fence_async_shared()
-    async_store(o_desc, [batch, head, q_start + INDEX * _ROWS, 0], q_smem.index(INDEX))
+    async_store(o_desc, [batch, head, q_start + INDEX * _ROWS, 0], o_smem.index(INDEX))
     if HAS_LSE:
         gl.store(lse + lse_start + q_row, (running + gl.log2(sums)) * _LN_2, mask=live)
     gl.store(notes + everywhere, yes, mask=live & (sums != sums))
@@ -145,35 +179,48 @@ def _consume(
 
 
 @gluon.jit(
-    do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles"],
-    do_not_specialize_on_alignment=["threshold"],
+    do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles", "bias_stride"],
+    do_not_specialize_on_alignment=["lse", "key_bias", "threshold"],
 )
 def _attend_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse, order, counts, notes, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles,
-    qk_scale, threshold, EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr,
+    q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
+    heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
     Args:
         q_desc, k_desc, v_desc, o_desc: TMA descriptors of `[B, H, S, D]` for blocks of one consumer's rows (q, o) or of
             one key tile (k, v); what lies outside of the tensor reads as zeros and is not written.
-        order, counts, notes: as `list_visits` wrote them.
+        q_scales, k_scales: float32 `[B, H, ceil(Sq / _ROWS)]`, `[B, Hkv, k_tiles]` if q and k have 8 bits, else None.
+        biased: as `flag_biased` wrote it; None without a bias.
+        order, notes, queue: as `list_visits` and `queue_programs` wrote them.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
-    program = gl.program_id(0)
+    entry = gl.load(queue + gl.program_id(0))
+    program, count = (entry >> 32).to(gl.int32), entry.to(gl.int32)
     head = program // q_tiles % heads
     batch = program // q_tiles // heads
     q_start = program % q_tiles * (_CONSUMERS * _ROWS)
     lse_start = (program // q_tiles).to(gl.int64) * q_len
-    count = gl.load(counts + program)
+    kv_head = head // heads_per_kv
     limit = gl.load(threshold)
     limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
     order += program.to(gl.int64) * k_tiles
     notes += program.to(gl.int64) * (1 + 2 * k_tiles)
+    if HAS_BIAS:
+        key_bias += batch.to(gl.int64) * bias_stride
+        biased += batch * (bias_stride > 0).to(gl.int32) * k_tiles
+    if QK_BITS == 8:
+        q_scales += (program // q_tiles) * ((q_len + _ROWS - 1) // _ROWS) + q_start // _ROWS
+        k_scales += (batch * (heads // heads_per_kv) + kv_head) * k_tiles
 
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [_CONSUMERS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [_STAGES] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [_STAGES] + v_desc.block_shape, v_desc.layout)
+    o_smem = q_smem  # each consumer has read its queries before it writes
+    if QK_BITS == 8:
+        o_smem = gl.allocate_shared_memory(o_desc.dtype, [_CONSUMERS] + o_desc.block_shape, o_desc.layout)
     q_full = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
@@ -192,32 +239,40 @@ def _attend_kernel(
     lists = (order, count, notes)
     place = (batch, head, q_start, lse_start)
     sizes = (q_len, k_len, k_tiles)
-    kv_head = head // heads_per_kv
+    extras = (lse, key_bias, biased, q_scales, k_scales)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (0, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
+                (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
+                 HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (
                 _consume,
-                (1, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
+                (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
+                 HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (
                 _consume,
-                (2, o_desc, lse, q_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K, HAS_LSE),
+                (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
+                 HAS_LSE, HAS_BIAS, QK_BITS),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
         ],
         [4, 4, 1],
         [160, 160, 32],
-    )
+    )  # fmt: skip
+
+
+_list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
+    Launcher, (list_visits, queue_programs, flag_biased, _attend_kernel, record_visits)
+)
 
 
 def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (),
+    protected: Sequence[int] = (), qk_dtype: str | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -225,17 +280,16 @@ def attend_hopper(
         q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: bfloat16 or float16, D <= 128 and a multiple of 8, Hkv divides H.
             Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
-        key_bias: None; this kernel has no place for it.
         out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
-        state, now, scale, threshold, lse, protected: as in `attend_triton`.
+        state, now, scale, threshold, lse, key_bias, protected: as in `attend_triton`.
+        qk_dtype: name in `QK_DTYPES` of what q and k are rounded to for their product; None: nothing. The LSE is then
+            that of the scores less the row's product with the mean key.
     """
-    if tile != HOPPER_TILE or key_bias is not None:
-        raise ValueError(
-            f"tile is {tuple(tile)}, key_bias {key_bias is not None}; allowed: {tuple(HOPPER_TILE)}, False"
-        )
+    if tile != HOPPER_TILE:
+        raise ValueError(f"tile is {tuple(tile)}; allowed: {tuple(HOPPER_TILE)}")
     if not is_addressable(out):
         raise ValueError(f"out has strides {out.stride()}, address {out.data_ptr():#x}; allowed: what TMA can write to")
-    batch, heads, q_len, _ = q.shape
+    batch, heads, q_len, head_dim = q.shape
     k_len = k.shape[2]
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
@@ -245,39 +299,77 @@ def attend_hopper(
     order = state.new_empty((programs, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
     counts = state.new_empty((programs,))
     notes = state.new_empty((programs, 1 + 2 * k_tiles), dtype=torch.int8)
+    queue = state.new_empty((programs,), dtype=torch.int64)
     sizes = (
         state.shape[0], q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
         *range_arguments(protected),
     )  # fmt: skip
-    blocks = [_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))]
+    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k}
+    constants = {
+        "EVEN_K": k_len % tile.k == 0, "HAS_LSE": lse is not None, "HAS_BIAS": key_bias is not None,
+        "QK_BITS": 8 * q.element_size() if qk_dtype is None else 8,
+    }  # fmt: skip
+    q_scales = k_scales = biased = None
     with torch.cuda.device_of(q):
-        list_visits[(programs,)](
-            state, now, order, counts, notes, *sizes, TILE_Q=tile.q, TILE_K=tile.k, num_warps=2
+        variant = (q.dtype, head_dim <= 64, order.dtype)
+        if qk_dtype is not None:
+            columns = 64 if head_dim <= 64 else 128
+            q, q_scales = quantize(_in_rows(q), qk_dtype, _ROWS.value, columns, center=False)
+            k, k_scales = quantize(_in_rows(k), qk_dtype, tile.k, columns, center=True)
+        if key_bias is not None:
+            key_bias = key_bias.contiguous()
+            biased = notes.new_empty((key_bias.shape[0], k_tiles))
+            arguments = (key_bias, biased, k_len)
+            _flag_biased((k_tiles, key_bias.shape[0]), None, arguments, {"TILE_K": tile.k}, num_warps=1)
+        blocks = [_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))]
+        _list_visits((programs,), order.dtype, (state, now, order, counts, notes, *sizes), tiles, num_warps=2)
+        _queue_programs((batch * heads,), None, (counts, queue, q_tiles), {}, num_warps=4)
+        _attend(
+            (programs,), (*variant, q.dtype),
+            (
+                *blocks, lse, key_bias, biased, q_scales, k_scales, order, notes, queue, heads, heads // k.shape[1],
+                q_len, k_len, q_tiles, k_tiles, 0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
+                scale * LOG2_E, threshold,
+            ), constants, num_warps=4,
         )  # fmt: skip
-        _attend_kernel[(programs,)](
-            *blocks, lse, order, counts, notes, heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
-            scale * LOG2_E, threshold, EVEN_K=k_len % tile.k == 0, HAS_LSE=lse is not None, num_warps=4,
-        )  # fmt: skip
-        record_visits[(programs,)](state, now, counts, notes, *sizes, TILE_Q=tile.q, TILE_K=tile.k, num_warps=2)
+        _record_visits((programs,), None, (state, now, counts, notes, *sizes), tiles, num_warps=2)
+
+
+def _in_rows(x: Tensor) -> Tensor:
+    """`x`, or a copy, whose rows are contiguous."""
+    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     """TMA descriptor of `x` `[B, H, S, D]`, or of a copy, for blocks of `rows` rows of one head."""
     if not is_addressable(x):
         x = x.clone(memory_format=torch.contiguous_format)
+    # Checking a descriptor takes longer than all else here; what was checked once differs in its address alone.
+    descriptor = copy.copy(_blank_descriptor(x.shape, x.stride(), x.dtype, rows))
+    descriptor.base = x
+    return descriptor
+
+
+@functools.lru_cache(1024)
+def _blank_descriptor(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> TensorDescriptor:
+    """A descriptor of a tensor of that shape and dtype with those strides, without the tensor."""
+    step = 16 // dtype.itemsize
     # A dimension of one element is never stepped over, and may have any stride.
-    strides = [stride if size > 1 else 8 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], *block_layout(x.dtype, rows, x.shape[-1]))
+    steps = [stride if size > 1 else step for size, stride in zip(shape[:3], strides[:3], strict=True)]
+    blank = torch.empty((), dtype=dtype, device="meta")
+    return TensorDescriptor(blank, list(shape), [*steps, 1], *block_layout(dtype, rows, shape[-1]))
 
 
 def is_addressable(x: Tensor) -> bool:
-    """Whether TMA can read and write `x` `[B, H, S, D]` in 16 bits where it is: at addresses of multiples of 16."""
+    """Whether TMA can read and write `x` `[B, H, S, D]` where it is: at addresses of multiples of 16 bytes."""
+    step = 16 // x.element_size()
     strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % 8 == 0 for stride in strides)
+    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in strides)
 
 
 def block_layout(dtype: torch.dtype, rows: int, head_dim: int) -> tuple[list[int], gl.NVMMASharedLayout]:
     """Shape and layout in shared memory of `rows` rows of one head, 64 or 128 columns wide."""
     columns = 64 if head_dim <= 64 else 128
-    layout = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8 * dtype.itemsize, rank=4)
+    width = min(128, columns * dtype.itemsize)
+    layout = gl.NVMMASharedLayout(swizzle_byte_width=width, element_bitwidth=8 * dtype.itemsize, rank=4)
     return [1, 1, rows, columns], layout

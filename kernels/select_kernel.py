@@ -20,21 +20,25 @@ class Kernel:
 
     name: str
     tile: TileShape
+    break_even: int
+    """Tokens from which on it is faster than dense attention when 42 % of the tiles are skipped."""
 
 
-def select_kernel(
-    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto", biased: bool = False
-) -> Kernel | str:
+BREAK_EVEN = {"cpu": 1024, "hopper": 2048, "triton": 4096}
+"""Per kernel, the same at head dims 64 and 128 (benchmarks/LOG.md). `triton` was measured against cuDNN on an H100, and
+is taken to be the same on other GPUs."""
+
+
+def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> Kernel | str:
     """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none.
 
     Args:
         wanted: name of the only kernel that may be taken, or "auto": the fastest that can be.
-        biased: whether a bias per key is added to the scores.
     """
     if device.type == "cpu":
         from .attend_cpu import CPU_TILE
 
-        return _missing(wanted, device, "cpu") or Kernel("cpu", CPU_TILE)
+        return _missing(wanted, device, "cpu") or _kernel("cpu", CPU_TILE)
     if device.type != "cuda":
         return f"{device.type} has no kernel; cpu and cuda do"
     if torch.version.hip is not None:
@@ -48,19 +52,23 @@ def select_kernel(
     if missing is not None:
         return missing
     if wanted != "triton":
-        obstacle = hopper_obstacle(capability, dtype, head_dim, biased)
+        obstacle = hopper_obstacle(capability, dtype, head_dim)
         if obstacle is None:
             from .attend_hopper import HOPPER_TILE
 
-            return Kernel("hopper", HOPPER_TILE)
+            return _kernel("hopper", HOPPER_TILE)
         if wanted == "hopper":
             return obstacle
     from .attend_triton import triton_tile
 
-    return Kernel("triton", triton_tile(capability, dtype, head_dim))
+    return _kernel("triton", triton_tile(capability, dtype, head_dim))
 
 
-def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, biased: bool) -> str | None:
+def _kernel(name: str, tile: TileShape) -> Kernel:
+    return Kernel(name, tile, BREAK_EVEN[name])
+
+
+def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> str | None:
     """Why the kernel for Hopper cannot be used, or None if it can."""
     if capability != HOPPER:
         return f"the hopper kernel needs compute capability 9.0, this device has {capability[0]}.{capability[1]}"
@@ -68,8 +76,6 @@ def hopper_obstacle(capability: tuple[int, int], dtype: torch.dtype, head_dim: i
         return f"the hopper kernel takes float16 and bfloat16, not {dtype}".replace("torch.", "")
     if head_dim > 128 or head_dim % 8:
         return f"the hopper kernel takes head dims up to 128 that are multiples of 8, not {head_dim}"
-    if biased:
-        return "the hopper kernel takes no attention mask"
     if importlib.util.find_spec("triton.experimental.gluon") is None:
         return "the hopper kernel needs triton 3.6 or newer"
     return None

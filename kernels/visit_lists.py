@@ -108,7 +108,7 @@ def write_marks(row, marks, markable, protected, k_tiles, anchor_words, TILE_K: 
         tl.store(row + HEADER + anchor_words + word, tl.reduce_or(marked << bit, 1), mask=word * 32 < k_tiles)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now"])
 def list_visits(
     state, now, order, counts, notes,
     streams, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
@@ -138,7 +138,62 @@ def list_visits(
         tl.store(notes + place, marked.to(tl.int8), mask=place <= 2 * k_tiles)
 
 
-@triton.jit(do_not_specialize=SIZES)
+@triton.jit
+def _sum_row(counts, row, rows, row_length, ROWS: tl.constexpr):
+    """Sums of `ROWS` rows of `counts` `[rows, row_length]` from `row` on; -1 for rows that are none."""
+    member = row + tl.arange(0, ROWS)
+    total = tl.zeros([ROWS], tl.int64)
+    for start in range(0, row_length, 64):
+        column = start + tl.arange(0, 64)
+        inside = (member < rows)[:, None] & (column < row_length)[None, :]
+        place = member.to(tl.int64)[:, None] * row_length + column[None, :]
+        total += tl.sum(tl.load(counts + place, mask=inside, other=0).to(tl.int64), 1)
+    return tl.where(member < rows, total, -1)
+
+
+@triton.jit(do_not_specialize=["q_tiles"])
+def queue_programs(counts, queue, q_tiles):
+    """The order in which programs should run, so that none with much to do is left for the end. One program per head.
+
+    Heads with the most tiles first, and within a head the rows with the most tiles first; but head after head, since
+    programs that run at the same time should share keys and values in the cache.
+
+    Args:
+        counts: int32 `[heads, q_tiles]`.
+        queue: int64 `[heads, q_tiles]`: number of the program << 32 | its count.
+    """
+    head, heads = tl.program_id(0), tl.num_programs(0)
+    own = tl.sum(_sum_row(counts, head, head + 1, q_tiles, 1), 0)
+    before = 0
+    for start in range(0, heads, 16):
+        other = start + tl.arange(0, 16)
+        total = _sum_row(counts, start, heads, q_tiles, 16)
+        before += tl.sum(((total > own) | ((total == own) & (other < head))).to(tl.int32), 0)
+    counts += head.to(tl.int64) * q_tiles
+    queue += before.to(tl.int64) * q_tiles
+    for start in range(0, q_tiles, 64):
+        row = start + tl.arange(0, 64)
+        count = tl.load(counts + row, mask=row < q_tiles, other=0)
+        rank = tl.zeros([64], tl.int32)
+        for other_start in range(0, q_tiles, 64):
+            other = other_start + tl.arange(0, 64)
+            length = tl.load(counts + other, mask=other < q_tiles, other=-1)[None, :]
+            first = (length > count[:, None]) | ((length == count[:, None]) & (other[None, :] < row[:, None]))
+            rank += tl.sum(first.to(tl.int32), 1)
+        entry = ((head * q_tiles + row).to(tl.int64) << 32) | count.to(tl.int64)
+        tl.store(queue + rank, entry, mask=row < q_tiles)
+
+
+@triton.jit(do_not_specialize=["k_len"], do_not_specialize_on_alignment=["key_bias"])
+def flag_biased(key_bias, flags, k_len, TILE_K: tl.constexpr):
+    """int8 `[B, k_tiles]`: whether a key of the tile has a bias other than 0. One program per tile and batch entry."""
+    tile, batch = tl.program_id(0), tl.program_id(1)
+    key = tile * TILE_K + tl.arange(0, TILE_K)
+    bias = tl.load(key_bias + batch.to(tl.int64) * k_len + key, mask=key < k_len, other=0.0)
+    tl.store(flags + batch * tl.num_programs(0) + tile, tl.max((bias != 0.0).to(tl.int32), 0).to(tl.int8))
+
+
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now"])
 def record_visits(
     state, now, counts, notes,
     streams, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,

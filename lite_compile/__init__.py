@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .attention_capture import AttentionCall, capture_attention
 from .backend import liteattention
 from .control import generation, reset, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
@@ -12,9 +13,12 @@ from .options import Options
 from .passes.attention_site import AttentionSite, Declined, Spelling
 from .passes.planned_nodes import plan
 from .passes.spelling_registry import register_spelling, unregister_spelling
+from .plots import plot, plot_attention
+from .run_report import save_report
 from .schedule import Schedule
 
 __all__ = [
+    "AttentionCall",
     "AttentionSite",
     "Declined",
     "OptionTypeError",
@@ -28,14 +32,18 @@ __all__ = [
     "Stats",
     "StreamStats",
     "UnsupportedAttentionError",
+    "capture_attention",
     "clear_report",
     "explain",
     "generation",
     "liteattention",
     "plan",
+    "plot",
+    "plot_attention",
     "register_spelling",
     "report",
     "reset",
+    "save_report",
     "set_threshold",
     "stats",
     "unregister_spelling",

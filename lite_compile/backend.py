@@ -25,6 +25,7 @@ from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, r
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
 from .passes.protect_positions import protect_positions
+from .passes.record_history import record_history
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -52,7 +53,7 @@ def liteattention(
     rewritten, state, report = rewrite_or_leave(gm, settings)
     if settings.on_unsupported == "error":
         raise_unsupported(report)
-    record(report)
+    record(replace(report, options=settings))
     if state is None:
         return compile_inner(gm, example_inputs, settings)
     added = placeholders(rewritten.graph)[len(example_inputs) :]
@@ -93,6 +94,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
     layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
+    if settings.history:
+        record_history(graph, layers, now, settings.max_streams)
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
         threshold_table(settings.thresholds, tuple(layer.layer for layer in layers))
     graph.graph.lint()
@@ -101,7 +104,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps,
+        settings.dense_steps, settings.history,
     )  # fmt: skip
     return graph, state, report
 

@@ -6,10 +6,12 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 
 from torch._guards import CompileContext
+
+from .options import Options
 
 
 class Reason(Enum):
@@ -77,6 +79,8 @@ class GraphReport:
     sites: tuple[SiteReport, ...]
     clock: str
     """Where the step clock reads latents and timestep, or why there is none."""
+    options: Options | None = field(default=None, compare=False)
+    """What the graph was compiled with."""
 
     def __str__(self) -> str:
         return str(Report((self,)))

@@ -27,6 +27,10 @@ class UnsupportedAttentionError(_PassesThroughDynamo, ValueError):
     """`on_unsupported="error"` and some attention could not be rewritten."""
 
 
+class CommandError(Exception):
+    """A command of `liteattention` cannot be carried out; the message says what to do."""
+
+
 def wrong_type(name: str, value: object, allowed: str) -> OptionTypeError:
     """The error for an option of a wrong type."""
     return OptionTypeError(f"liteattention option {name!r} is {value!r} ({type(value).__name__}); allowed: {allowed}")

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
+from .density_history import history_shape
 from .overrides import ThresholdsInForce
 from .skip_state import TileShape
 
@@ -49,6 +50,8 @@ class LayerState:
     state: Tensor
     clock: Tensor
     """The clock of the model that the layer belongs to."""
+    history: Tensor | None = None
+    """Where the option `history` asks for it: int64 `[streams, HISTORY_STEPS, 2]`, see `density_history`."""
     latest: bool = True
     """Whether no other input shape was used since."""
 
@@ -107,18 +110,26 @@ class Binding:
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         return not self.expired and owned.issuperset(self._ids)
 
-    def states(self, specs: tuple[LayerSpec, ...]) -> list[LayerState]:
-        """The states for one input shape, in the order of the graph's layers; empty ones on first use."""
+    def states(self, specs: tuple[LayerSpec, ...], history: bool = False) -> list[LayerState]:
+        """The states for one input shape, in the order of the graph's layers; empty ones on first use.
+
+        `history` is the same at each call: it is part of the graph.
+        """
         found = self._states.get(specs)
         if found is None:
             while len(self._states) >= MAX_SHAPES:
                 self._states.popitem(last=False)
             names = self.names or [spec.layer for spec in specs]
             named = [replace(spec, layer=name) for spec, name in zip(specs, names, strict=True)]
-            found = [LayerState(spec, _zeros(spec.shape, self._device), self.clock) for spec in named]
+            found = [self._empty_state(spec, history) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
         return found
+
+    def _empty_state(self, spec: LayerSpec, history: bool) -> LayerState:
+        state = _zeros(spec.shape, self._device)
+        record = _zeros(history_shape(spec.shape[0]), self._device, torch.int64) if history else None
+        return LayerState(spec, state, self.clock, record)
 
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""
@@ -220,7 +231,7 @@ def versions(tensors: Sequence[Tensor]) -> list[int]:
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
-def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+def _zeros(shape: tuple[int, ...], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
     # A tensor made under inference mode could not be mutated outside of it.
     with torch.inference_mode(False):
-        return torch.zeros(shape, dtype=torch.int32, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)

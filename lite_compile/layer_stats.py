@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -10,8 +11,9 @@ from torch import Tensor, nn
 from .clock import CALLS, DENSE_CALLS, GENERATION, slot_table
 from .control import check_model
 from .decisions import format_table
+from .density_history import read_history
 from .layer_state import LayerState, layer_states
-from .skip_state import COMPUTED_WORD, EPOCH_WORD, row_layout, tile_count, unpack_bits
+from .skip_state import COMPUTED_WORD, EPOCH_WORD, skipped_tiles, tile_count
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,8 @@ class StreamStats:
     """Those of them that used no state: `dense_steps`, more streams than slots, second evaluations at a timestep..."""
     state_bytes: int
     """Memory of the layer's state for this input shape, all streams together."""
+    history: tuple[float | None, ...] = ()
+    """With the option `history`: density of each step of this generation; None where no state was used."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,13 @@ class Stats:
         values = [stream.density for stream in self.streams]
         return sum(values) / len(values) if values else 1.0
 
+    def mean_history(self, stream: int) -> tuple[float | None, ...]:
+        """With the option `history`: density of each step of one guidance stream, mean over its layers."""
+        histories = [entry.history for entry in self.streams if entry.stream == stream]
+        steps = itertools.zip_longest(*histories)
+        known = [[density for density in step if density is not None] for step in steps]
+        return tuple(sum(step) / len(step) if step else None for step in known)
+
     def __str__(self) -> str:
         if not self.streams:
             return "liteattention: no attention state yet"
@@ -59,7 +70,8 @@ class Stats:
 def stats(model: nn.Module | None = None) -> Stats:
     """Density of the last call, steps and generations seen, per layer and stream of `model` (None: of all models).
 
-    Reads the states from the device, so it waits for it: call it between steps, not inside a timed loop.
+    With the option `history`, the density of each step of the current generation as well. Reads the states from the
+    device, so it waits for it: call it between steps, not inside a timed loop.
     """
     found = [stream for state in layer_states(check_model(model)) for stream in _streams(state)]
     return Stats(tuple(found))
@@ -68,10 +80,8 @@ def stats(model: nn.Module | None = None) -> Stats:
 def skip_mask(state: LayerState, stream: int) -> Tensor:
     """bool `[B, H, q_tiles, k_tiles]`: the tiles that the stream's next call will skip."""
     k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
-    rows = state.state[stream].cpu()
     epoch = int(slot_table(state.clock.cpu(), state.max_streams)[2, stream])
-    mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
-    return mask & (rows[..., EPOCH_WORD] == epoch)[..., None]
+    return skipped_tiles(state.state[stream].cpu(), epoch, k_tiles)
 
 
 def _streams(state: LayerState) -> list[StreamStats]:
@@ -86,11 +96,14 @@ def _streams(state: LayerState) -> list[StreamStats]:
         dense = bool(slot_dense[slot]) and state.latest
         if not slot_epoch[slot] or slot_generation[slot] != generations or not (current or dense):
             continue  # this shape, or this stream, has not run in the current generation
-        density = 1.0 if dense else float(header[..., COMPUTED_WORD].to(torch.float64).mean()) / k_tiles
+        computed = header[..., COMPUTED_WORD]
+        tiles = computed.numel() * k_tiles
+        density = 1.0 if dense else int(computed.sum(dtype=torch.int64)) / tiles
         calls, dense_calls = int(clock[CALLS]), int(clock[DENSE_CALLS])
-        found.append(
-            StreamStats(
-                state.layer, slot, density, slot_step[slot] + 1, generations, calls, dense_calls, state.state.nbytes
-            )
-        )
+        steps = slot_step[slot] + 1
+        history: tuple[float | None, ...] = ()
+        if state.history is not None:
+            history = read_history(state.history[slot].cpu(), slot_epoch[slot], steps, tiles)
+        counts = (steps, generations, calls, dense_calls, state.state.nbytes)
+        found.append(StreamStats(state.layer, slot, density, *counts, history))
     return found

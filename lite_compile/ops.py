@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
@@ -33,6 +33,10 @@ MAX_PROTECTED = 4
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Index = TypeVar("Index", int, Tensor)
+Watcher = Callable[[Tensor, Tensor, Tensor, Tensor, float, TileShape, Tensor | None], None]
+
+watchers: list[Watcher] = []
+"""Called with q, k, state, now, scale, tile and key_bias before attention is computed; see `attention_capture`."""
 
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
@@ -133,6 +137,8 @@ def _attend_cpu(
     from .kernels.attend_cpu import attend_cpu
 
     tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
+    for watch in watchers:
+        watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse
@@ -148,6 +154,8 @@ def _attend_cuda(
 
     tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
     attend = cuda_kernel(kernel_name)
+    for watch in watchers:
+        watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
     attend(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse

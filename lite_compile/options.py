@@ -37,6 +37,26 @@ def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
     return check
 
 
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise wrong_type(name, value, "True or False")
+    return value
+
+
+def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
+    def check(name: str, value: Any) -> int | str:
+        if isinstance(value, str) and value == "auto":
+            return value
+        allowed = f"'auto', or an integer from {minimum} to {maximum}"
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise wrong_type(name, value, allowed)
+        if not minimum <= value <= maximum:
+            raise wrong_value(name, value, allowed)
+        return value
+
+    return check
+
+
 def _dense_steps(name: str, value: Any) -> DenseSteps:
     allowed = "a pair (first, last), each an integer >= 0 that counts steps or a float from 0 to 1, a share of them"
     if not isinstance(value, list | tuple) or len(value) != 2:
@@ -165,7 +185,12 @@ class Options:
         "the trajectory. How many steps there are is known from lite_compile.generation(model, steps=...) or from the "
         "generation before; else a count of last steps has no effect.",
     )
-    min_seq_len: int = _option(1024, _integer(1, 2**31 - 1), "Attention over fewer tokens than this stays dense.")
+    min_seq_len: int | Literal["auto"] = _option(
+        "auto",
+        _integer_or_auto(1, 2**31 - 1),
+        "Attention over fewer tokens than this stays dense. 'auto': the length from which on the kernel that would be "
+        "used is faster than dense attention once some 40 % of the tiles are skipped (1024 to 4096).",
+    )
     max_streams: int = _option(
         4,
         _integer(1, 64),
@@ -186,6 +211,11 @@ class Options:
         _protect,
         "Positions (start, end) whose tiles are always computed, in the sequence of each rewritten layer; negative "
         "ones count from the end. 'auto' finds the text in joint attention.",
+    )
+    history: bool = _option(
+        False,
+        _boolean,
+        "Whether the graph also writes down the density of each step, for `stats()`, `plot()` and `save_report()`.",
     )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."

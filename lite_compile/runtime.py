@@ -113,6 +113,8 @@ class StateInputs:
     """Which layers may use their state, if the names that the graph knows are parts of names."""
     thresholds: Thresholds
     dense_steps: DenseSteps
+    history: bool = False
+    """Whether one density history per layer follows the states."""
 
 
 class StatefulGraph:
@@ -128,7 +130,7 @@ class StatefulGraph:
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
-        self._names, self._clock_words = state.names, state.clock_words
+        self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
         self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -148,10 +150,10 @@ class StatefulGraph:
         with binding.lock:
             clock = self._follow_root(binding) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
-            states = binding.states(self._resolve(args))
-            return self._compiled(
-                *args, clock, self._no_thresholds if table is None else table, *(state.state for state in states)
-            )
+            states = binding.states(self._resolve(args), self._history)
+            histories = [state.history for state in states] if self._history else []
+            thresholds = self._no_thresholds if table is None else table
+            return self._compiled(*args, clock, thresholds, *(state.state for state in states), *histories)
 
     def _own_clock(self, binding: Binding) -> Tensor:
         """The clock that the graph advances or, if the user drives it, reads."""

@@ -77,6 +77,12 @@ def state_shape(
     return (streams, batch, heads, tile_count(q_len, tile.q), words)
 
 
+def skipped_tiles(rows: torch.Tensor, epoch: int, k_tiles: int) -> torch.Tensor:
+    """bool `[..., k_tiles]`: the tiles that rows `[..., row_words]` of the state skip for a reader of that epoch."""
+    mask = unpack_bits(rows[..., row_layout(k_tiles).mask_start :], k_tiles)
+    return mask & (rows[..., EPOCH_WORD] == epoch)[..., None]
+
+
 def unpack_bits(words: torch.Tensor, count: int) -> torch.Tensor:
     """Expand int32 words `[..., w]` into bools `[..., count]`, lowest bit first."""
     shifts = torch.arange(32, dtype=torch.int32, device=words.device)

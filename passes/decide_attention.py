@@ -14,7 +14,7 @@ from torch.utils._sympy.symbol import SymT, symbol_is_type
 
 from ..decisions import Reason
 from ..errors import OptionValueError
-from ..kernels.select_kernel import MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
+from ..kernels.select_kernel import BREAK_EVEN, MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .attention_site import AttentionSite, Declined, Protection
 from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
@@ -133,13 +133,12 @@ def _decide(
         return Decline(
             site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
         )
-    tokens = size_hint(q.shape[2])
-    assert tokens is not None
-    if tokens < options.min_seq_len:
-        return Decline(site, Reason.SHORT, f"{tokens} tokens, min_seq_len={options.min_seq_len}")
+    kernel = select_kernel(q.device, q.dtype, dim, options.kernel)
+    too_short = _is_too_short(q, kernel, options)
+    if too_short is not None:
+        return Decline(site, Reason.SHORT, too_short)
     if not isinstance(protection, Protection):
         return Decline(site, *protection)
-    kernel = select_kernel(q.device, q.dtype, dim, options.kernel, biased=key_bias is not None)
     if isinstance(kernel, str):
         if options.kernel != "auto":
             raise OptionValueError(f"liteattention option 'kernel' is {options.kernel!r}; {site.layer}: {kernel}")
@@ -160,6 +159,19 @@ def _decide(
     float(dropout_p)
     scale = 1.0 / math.sqrt(dim) if scale is None else float(scale)
     return Rewrite(site, scale, kernel, weight, q.device, place, protection, key_bias)
+
+
+def _is_too_short(q: torch.Tensor, kernel: Kernel | str, options: Options) -> str | None:
+    """Why the sequence is too short for a kernel to pay, or None."""
+    tokens = size_hint(q.shape[2])
+    assert tokens is not None
+    if isinstance(options.min_seq_len, int):
+        return f"{tokens} tokens, min_seq_len={options.min_seq_len}" if tokens < options.min_seq_len else None
+    if isinstance(kernel, str):
+        return f"{tokens} tokens" if tokens < min(BREAK_EVEN.values()) else None
+    if tokens < kernel.break_even:
+        return f"{tokens} tokens; the {kernel.name} kernel pays from {kernel.break_even} on (option min_seq_len)"
+    return None
 
 
 def _may_share_heads(site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> bool:

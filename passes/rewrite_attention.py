@@ -27,6 +27,7 @@ class StateInput:
 
     layer: str
     weight: fx.Node
+    state: fx.Node
     tile: TileShape
     q_len: Size
     k_len: Size
@@ -85,7 +86,7 @@ def _rewrite(
     site.node.replace_all_uses_with(restored)
     emitted[site.node] = restored
     _erase(graph, site)
-    return StateInput(site.layer, rewrite.weight, tile, q_len, k_len, tuple(shape))
+    return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape))
 
 
 def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:

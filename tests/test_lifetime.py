@@ -1,15 +1,14 @@
-"""Details that are easily forgotten: gradient modes, freed models, torch._dynamo.reset(), threads."""
+"""Details that are easily forgotten: gradient modes, freed models, torch._dynamo.reset()."""
 
 from __future__ import annotations
 
 import gc
-import threading
 import weakref
 from typing import Any
 
 import pytest
 import torch
-from models import DEVICE, DTYPE, OPTIONS, TOLERANCE, compiled, denoise, noise, prompt, tiny_wan
+from models import DEVICE, DTYPE, OPTIONS, compiled, denoise, noise, prompt, tiny_wan
 
 import lite_compile
 from lite_compile.layer_state import bindings, layer_states
@@ -213,46 +212,6 @@ def test_graph_breaks_of_a_model_compiled_in_place_leave_the_rest_dense() -> Non
     assert {site.reason for site in sites if site.layer.endswith("attn1")} == {lite_compile.Reason.NO_CLOCK}
     assert "graph break" in str(lite_compile.report())
     assert "use torch.compile(model)" in str(lite_compile.report())
-
-
-def test_one_model_in_several_threads_takes_turns() -> None:
-    model = tiny_wan()
-    run = compiled(model)
-    calls = [{**arguments(seed), "encoder_hidden_states": prompt(seed)} for seed in range(3)]
-    with torch.no_grad():
-        expected = [tiny_wan()(**call)[0] for call in calls]
-        wrong: list[float] = []
-
-        def work(number: int) -> None:
-            with torch.no_grad():
-                for _ in range(10):
-                    result = run(**calls[number])[0]
-                    wrong.append(float((result - expected[number]).norm() / expected[number].norm()))
-
-        threads = [threading.Thread(target=work, args=(number,)) for number in range(3)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert len(wrong) == 30
-    assert max(wrong) < TOLERANCE
-
-
-def test_two_threads_run_two_models() -> None:
-    expected = [denoise(compiled(tiny_wan(seed)), noise(seed), [prompt(seed)], 4) for seed in (0, 1)]
-    torch._dynamo.reset()
-    results: dict[int, torch.Tensor] = {}
-    runs = [compiled(tiny_wan(seed)) for seed in (0, 1)]
-
-    def work(seed: int) -> None:
-        results[seed] = denoise(runs[seed], noise(seed), [prompt(seed)], 4)
-
-    threads = [threading.Thread(target=work, args=(seed,)) for seed in (0, 1)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert all(torch.equal(results[seed], expected[seed]) for seed in (0, 1))
 
 
 def test_moving_the_model_keeps_its_identity() -> None:

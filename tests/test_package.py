@@ -16,7 +16,7 @@ import pathlib, sys, torch
 model = torch.compile(torch.nn.Linear(2, 2), backend="liteattention", options={"inner": "eager"})
 with torch.no_grad():
     model(torch.ones(1, 2))
-import lite_compile, lite_compile.kernels.select_kernel, lite_compile.passes.find_attention
+import lite_compile, lite_compile.cli, lite_compile.kernels.select_kernel, lite_compile.passes.find_attention
 print(pathlib.Path(lite_compile.__file__).parent.parent)
 """
 
@@ -35,6 +35,7 @@ def test_sdist_and_wheel(tmp_path: Path) -> None:
     files = {path.relative_to(site).as_posix() for path in site.rglob("*.py")}
     for folder, prefix in (
         ("lite_compile", "lite_compile"),
+        ("lite_compile/commands", "lite_compile/commands"),
         ("passes", "lite_compile/passes"),
         ("kernels", "lite_compile/kernels"),
     ):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import io
-import threading
 import weakref
 from typing import Any
 
@@ -229,24 +228,6 @@ def test_weights_outside_of_the_compiled_blocks_are_watched() -> None:
         for model in (used, fresh):
             model.patch_embedding.weight.mul_(-1.5)
         assert torch.equal(used(latents, **call)[0], fresh(latents, **call)[0])
-
-
-def test_two_threads_that_use_one_model_never_mix_their_prompts() -> None:
-    model = compile_blocks(tiny_wan())
-    denoise(model, noise(9), PROMPTS, 2)
-    exact = [denoise(tiny_wan(), noise(n), [prompt(n)], 4) for n in range(2)]
-    results: dict[int, Tensor] = {}
-
-    def work(number: int) -> None:
-        results[number] = denoise(model, noise(number), [prompt(number)], 4)
-
-    threads = [threading.Thread(target=work, args=(n,)) for n in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for number, expected in enumerate(exact):
-        assert distance(results[number], expected) < 0.05
 
 
 def test_excluded_layers_are_known_by_their_full_names() -> None:

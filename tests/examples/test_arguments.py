@@ -12,6 +12,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
 
 import demo
+import look_inside
 from moving_digits import evaluate, generate, metrics, train
 
 NO_WEIGHTS, NOT_WEIGHTS = ["--weights", "/nope"], ["--weights", __file__]
@@ -53,6 +54,9 @@ WRONG: list[tuple[Any, list[str], str]] = [
     (train, ["--minutes", "nan"], "--minutes: 'nan' is not a finite number"),
     (train, ["--minutes", "0"], "--minutes: '0' is not above 0"),
     (train, ["--output", __file__], "File exists"),
+    (look_inside, ["--threshold", "1"], "threshold"),
+    (look_inside, ["--head", "4"], "--head: invalid choice: 4"),
+    (look_inside, ["--output", __file__], "File exists"),
     (demo, ["--steps", "1"], "--steps: '1' is not an integer from 2"),
 ]
 

@@ -36,7 +36,7 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 
 def serves(kernel: str, dtype: torch.dtype, dim: int) -> bool:
-    return kernel == "triton" or hopper_obstacle(HOPPER, dtype, dim, biased=False) is None
+    return kernel == "triton" or hopper_obstacle(HOPPER, dtype, dim) is None
 
 
 def make(
@@ -141,13 +141,16 @@ def padding(kind: str, batch: int, k_len: int) -> Tensor:
     return bias
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("kind", ["infinite", "lowest", "finite"])
 @pytest.mark.parametrize("shape", [(2, 4, 512, 512, 64), (2, 4, 515, 1001, 128), (1, 4, 300, 300, 256)], ids=str)
 @pytest.mark.parametrize("kv_heads", [1, 4])
 def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
-    shape: tuple[int, ...], kv_heads: int, kind: str, dtype: torch.dtype
+    shape: tuple[int, ...], kv_heads: int, kind: str, dtype: torch.dtype, kernel: str
 ) -> None:
+    if not serves(kernel, dtype, shape[-1]):
+        return
     q, k, v = make(shape, dtype)
     k, v = k[:, :kv_heads], v[:, :kv_heads]
     bias, scale = padding(kind, shape[0], shape[3]), shape[4] ** -0.5
@@ -158,8 +161,8 @@ def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
     with sdpa_kernel(SDPBackend.MATH):
         low = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask.to(dtype), scale=scale)
     dense = (low.double() - expected).norm()
-    state, _ = new_state(q, k)
-    out, lse = attend(q, k, v, state, 1, -1000.0, scale, lse=True, key_bias=bias)
+    state, _ = new_state(q, k, kernel)
+    out, lse = attend(q, k, v, state, 1, -1000.0, scale, lse=True, key_bias=bias, kernel=kernel)
     assert (out.double() - expected).norm() <= 2 * dense + 1e-6 * expected.norm()
     assert (lse.double() - scores.logsumexp(-1)).abs().max() < (1e-4 if dtype == torch.float32 else 2e-3)
 
@@ -171,9 +174,6 @@ def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
 def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
     shape: tuple[int, ...], kind: str, dtype: torch.dtype, kernel: str
 ) -> None:
-    if kernel == "hopper" and kind != "none":
-        assert isinstance(select_kernel(torch.device("cuda"), dtype, shape[-1], kernel, biased=True), str)
-        return
     q, k, v = make(shape, dtype, sharpness=4.0)
     k, v = k[:, :1], v[:, :1]
     scale, threshold, protected = shape[4] ** -0.5, -8.0, (0, 77, 600, 601)

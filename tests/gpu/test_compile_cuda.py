@@ -84,7 +84,9 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{}, {"threshold": lite_compile.Schedule.linear(-12, -3), "dense_steps": (1, 1)}], ids=["", "schedule"]
+    "given",
+    [{}, {"history": True}, {"threshold": lite_compile.Schedule.linear(-12, -3), "dense_steps": (1, 1)}],
+    ids=["", "history", "schedule"],
 )
 def test_no_host_synchronisation_in_a_step(given: dict[str, Any]) -> None:
     model = tiny_wan()
@@ -119,3 +121,22 @@ def test_memory_of_the_state_is_what_the_report_says() -> None:
     states = layer_states(model)
     assert {s.state_bytes for s in lite_compile.stats(model).streams} == {states[0].state.nbytes}
     assert states[0].state.device.type == "cuda"
+
+
+def test_history_under_cuda_graphs() -> None:
+    """The entries that replays write are what `stats()` gives after each step."""
+    model = tiny_wan()
+    run = torch.compile(model, backend="liteattention", options=options(mode="reduce-overhead", history=True))
+    for number in (0, 1):
+        seen: list[float] = []
+
+        def call(**kwargs: Any) -> Any:
+            torch.compiler.cudagraph_mark_step_begin()
+            result = tuple(x.clone() for x in run(**kwargs))
+            seen.append(lite_compile.stats(model).streams[0].density)  # noqa: B023
+            return result
+
+        denoise(call, noise(number), [prompt(number)], 8)
+        (history,) = {s.history for s in lite_compile.stats(model).streams if s.layer == "blocks.0.attn1"}
+        assert list(history) == seen
+        assert history[-1] < 1

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.testing._internal.two_tensor import TwoTensor
 
 from lite_compile import Options, Reason
+from lite_compile.kernels.select_kernel import BREAK_EVEN
 from lite_compile.passes.decide_attention import Decline, Rewrite
 from lite_compile.passes.graph_inputs import source_name
 
@@ -88,7 +89,18 @@ def test_dropout() -> None:
 
 def test_short_sequence() -> None:
     assert reason(options=Options(min_seq_len=TOKENS + 1)) is Reason.SHORT
+    assert reason(options=Options()) is Reason.SHORT, "below the CPU kernel's break-even"
     assert reason(options=Options(min_seq_len=TOKENS)) is None
+
+
+def test_sequences_too_short_for_the_kernel_to_pay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(BREAK_EVEN, "cpu", TOKENS)
+    assert reason(options=Options()) is None
+    monkeypatch.setitem(BREAK_EVEN, "cpu", TOKENS + 1)
+    decision = only(decide(capture(Denoiser(), *inputs()), Options()))
+    assert isinstance(decision, Decline)
+    assert decision.reason is Reason.SHORT
+    assert f"the cpu kernel pays from {TOKENS + 1} on" in decision.detail
 
 
 @pytest.mark.parametrize(

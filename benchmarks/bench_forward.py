@@ -1,0 +1,145 @@
+"""Time of one forward of Wan-shaped transformers (random weights) with imposed skip masks, next to Inductor with cuDNN.
+
+`python benchmarks/bench_forward.py [--model 1.3b 14b] [--json FILE]`. Blocks are compiled one by one in both cases
+(`compile_repeated_blocks`), which compiles in seconds; needs diffusers and an NVIDIA GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from diffusers import WanTransformer3DModel
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import lite_compile
+from lite_compile.layer_state import layer_states
+from lite_compile.skip_state import EPOCH_WORD, pack_bits, row_layout, tile_count
+
+MODELS: dict[str, dict[str, Any]] = {
+    "1.3b": {"heads": 12, "ffn": 8960, "layers": 30, "of": 30, "latents": (21, 60, 104)},
+    "14b": {"heads": 40, "ffn": 13824, "layers": 4, "of": 40, "latents": (21, 90, 160)},
+}
+"""Wan2.1 at 480p, and four layers of Wan2.1-14B at 720p."""
+SKIPPED = (0.0, 0.42, 0.57, 0.77)
+CALLS = 6
+
+
+def make_model(shape: dict[str, Any]) -> WanTransformer3DModel:
+    """A transformer of that shape with random weights, bfloat16."""
+    torch.manual_seed(0)
+    torch.set_default_dtype(torch.bfloat16)
+    with torch.device("cuda"):
+        model = WanTransformer3DModel(
+            num_attention_heads=shape["heads"], attention_head_dim=128, ffn_dim=shape["ffn"], num_layers=shape["layers"]
+        )
+    torch.set_default_dtype(torch.float32)
+    return model.eval().requires_grad_(False)
+
+
+def trajectory(shape: dict[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Arguments of consecutive denoising steps of one generation."""
+    make = torch.Generator("cuda").manual_seed(1)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(size, device="cuda", dtype=torch.bfloat16, generator=make)
+
+    start, drift, text = random(1, 16, *shape["latents"]), random(1, 16, *shape["latents"]), random(1, 512, 4096)
+    for step in range(1000):
+        yield {
+            "hidden_states": start + 0.003 * step * drift,
+            "timestep": torch.tensor([1000.0 - step], device="cuda"),
+            "encoder_hidden_states": text,
+        }
+
+
+def impose(model: WanTransformer3DModel, skipped: float) -> float:
+    """Let each row of tiles of the running generation skip that share of its tiles, at random; the share it is."""
+    shares = []
+    for layer in layer_states(model):
+        k_tiles = tile_count(layer.spec.k_len, layer.spec.tile.k)
+        rows = layer.state[0]
+        order = torch.rand(*rows.shape[:-1], k_tiles, device="cuda").argsort(-1).argsort(-1)
+        mask = order < round(skipped * k_tiles)
+        layout = row_layout(k_tiles)
+        rows[..., layout.mask_start :] = pack_bits(mask, layout.mask_words)
+        assert bool((rows[..., EPOCH_WORD] == rows[0, 0, 0, EPOCH_WORD]).all())
+        shares.append(float(mask.float().mean()))
+    return statistics.mean(shares)
+
+
+def timed(call: Callable[[], object]) -> float:
+    """Median milliseconds of `CALLS` calls back to back, after one more."""
+    call()
+    events = [torch.cuda.Event(enable_timing=True) for _ in range(CALLS + 1)]
+    for event in events[:-1]:
+        event.record()
+        call()
+    events[-1].record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
+
+
+@torch.no_grad()
+def measure(name: str) -> Iterator[dict[str, Any]]:
+    """One row per skipped share."""
+    shape = MODELS[name]
+    model, steps = make_model(shape), trajectory(shape)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        model.compile_repeated_blocks(fullgraph=True)
+        dense = timed(lambda: model(**next(steps)))
+        expected = model(**next(trajectory(shape))).sample
+    torch._dynamo.reset()
+    model = make_model(shape)
+    model.compile_repeated_blocks(backend="liteattention", fullgraph=True, options={"threshold": -float("inf")})
+    steps = trajectory(shape)
+    result = model(**next(steps)).sample
+    error = float((result - expected).norm() / expected.norm())
+    for skipped in SKIPPED:
+        share = impose(model, skipped)
+        ms = timed(lambda: model(**next(steps)))
+        density = lite_compile.stats(model).density
+        assert abs(density - (1 - share)) < 1e-3, f"density {density}, imposed {1 - share}"
+        yield {
+            "model": name, "layers": shape["layers"], "skipped": share, "ms": ms, "inductor_cudnn_ms": dense,
+            "error_with_nothing_skipped": error, "kernel": lite_compile.report().rewritten[-1].kernel,
+            "state_bytes_of_all_layers": shape["of"] * layer_states(model)[0].state.nbytes,
+        }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, help="write the table to this file")
+    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    arguments = parser.parse_args()
+    rows = []
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
+    print(f"{'model':>5} {'kernel':>8} {'skipped':>8} {'ms':>8} {'Inductor + cuDNN':>17} {'speed-up':>9} {'error':>8}")
+    for name in arguments.model:
+        for row in measure(name):
+            rows.append(row)
+            print(
+                f"{name:>5} {row['kernel']:>8} {row['skipped']:8.3f} {row['ms']:8.1f} {row['inductor_cudnn_ms']:17.1f} "
+                f"{row['inductor_cudnn_ms'] / row['ms']:9.2f} {row['error_with_nothing_skipped']:8.1e}",
+                flush=True,
+            )
+        print(f"      state of all layers, 4 streams: {rows[-1]['state_bytes_of_all_layers'] / 1e6:.0f} MB")
+    if arguments.json:
+        record = {
+            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+            "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
+        }  # fmt: skip
+        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,60 @@
+"""What each denoising step computed, written by the graph itself where the option `history` asks for it.
+
+A history belongs to one layer and input shape: int64 `[streams, HISTORY_STEPS, 2]`, per stream and step the epoch that
+wrote the entry and the number of tiles of QK^T that the call computed, all batch entries and heads together. As in the
+skip state, an entry of another epoch counts as empty: a new generation need not clear anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.fx.node import has_side_effect
+
+from .ops import NOW_EPOCH, NOW_SLOT, NOW_STEP
+from .skip_state import COMPUTED_WORD
+
+HISTORY_STEPS = 128
+"""Steps of a generation that are remembered; later ones leave no entry."""
+HISTORY_EPOCH, HISTORY_COMPUTED = range(2)
+
+
+def history_shape(streams: int) -> tuple[int, int, int]:
+    """Shape of the int64 history of one layer."""
+    return (streams, HISTORY_STEPS, 2)
+
+
+@has_side_effect
+def record_density(histories: Sequence[Tensor], states: Sequence[Tensor], now: Tensor) -> None:
+    """Write down what the running call computed, one entry per layer; nothing where no state was used (slot -1).
+
+    Runs inside of the compiled graph, after the layers' attention, and never waits for the device.
+
+    Args:
+        histories: int64 `[streams, HISTORY_STEPS, 2]` per layer, updated in place.
+        states: the layers' skip states, int32 `[streams, B, H, q_tiles, row_words]`.
+        now: int32, as `attend` takes it.
+    """
+    slot, step, epoch = now[NOW_SLOT], now[NOW_STEP], now[NOW_EPOCH].to(torch.int64)
+    for history, state in zip(histories, states, strict=True):
+        streams = torch.arange(history.shape[0], device=history.device)
+        steps = torch.arange(HISTORY_STEPS, device=history.device)
+        written = ((streams == slot)[:, None] & (steps == step))[..., None]
+        rows = state[..., COMPUTED_WORD].index_select(0, slot.clamp(0, state.shape[0] - 1)[None])
+        entry = torch.stack([epoch, rows.sum(dtype=torch.int64)])
+        history.copy_(torch.where(written, entry, history))
+
+
+def read_history(history: Tensor, epoch: int, steps: int, tiles: int) -> tuple[float | None, ...]:
+    """Density of each step of a stream's current generation; None where nothing was recorded.
+
+    Args:
+        history: int64 `[HISTORY_STEPS, 2]` of the stream.
+        epoch: of the stream in this generation.
+        steps: how many the generation has seen.
+        tiles: of QK^T, all batch entries and heads together.
+    """
+    entries = history[: min(steps, HISTORY_STEPS)].tolist()
+    return tuple(computed / tiles if writer == epoch else None for writer, computed in entries)

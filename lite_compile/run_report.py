@@ -1,0 +1,89 @@
+"""`save_report`: a run as a file to read, or to make a report from later."""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from torch import nn
+
+from .decisions import format_table
+from .html_report import render_html
+from .run_record import RunRecord, collect_record, to_json
+
+
+def save_report(
+    path: str | os.PathLike[str],
+    model: nn.Module | None = None,
+    *,
+    title: str | None = None,
+    step_seconds: Sequence[float] = (),
+) -> Path:
+    """Write what is known of the current run: sites with decisions and reasons, density, settings, versions.
+
+    The page shows the density of every step if the model was compiled with the option `history`, else that of the last
+    call. Reads the states from the device, so it waits for it.
+
+    Args:
+        path: `.html` for a page that needs no other file, `.txt` for plain text, `.json` for data that
+            `liteattention report` turns into either.
+        model: the denoiser, for example `pipe.transformer`, compiled or not; None: all models. The sites are those of
+            all graphs compiled in this process.
+        title: default: the class of the model.
+        step_seconds: measured seconds per step, if there are any.
+
+    Returns:
+        the path that was written.
+
+    Raises:
+        ValueError: the path ends with nothing of these.
+    """
+    render = renderer(path)
+    text = render(collect_record(model, title=title, step_seconds=step_seconds))
+    target = Path(path)
+    target.write_text(text, encoding="utf-8")
+    return target
+
+
+def renderer(path: str | os.PathLike[str]) -> Callable[[RunRecord], str]:
+    """How a record becomes the text of a file of that name; `ValueError` if its ending is none of ours."""
+    ending = Path(path).suffix.lower()
+    if ending not in _RENDERERS:
+        raise ValueError(f"path is {os.fspath(path)!r}; allowed: a name that ends with {', '.join(_RENDERERS)}")
+    return _RENDERERS[ending]
+
+
+def render_text(record: RunRecord) -> str:
+    """The record for a terminal."""
+    parts = [f"{record.title}, {record.created}"]
+    parts += [f"  {name}: {value}" for name, value in record.environment.items()]
+    parts += ["", str(record.report)]
+    for number, settings in enumerate(record.settings):
+        changed = ", ".join(f"{setting.name}={setting.value}" for setting in settings if setting.changed)
+        parts.append(f"graph {number}: options {changed or 'all default'}")
+    parts += ["", str(record.stats)]
+    if any(stream.history for stream in record.stats.streams):
+        parts += ["", "density per step, mean over the layers", *format_table(_history_rows(record))]
+    if record.step_seconds:
+        parts += ["", "seconds per step: " + " ".join(f"{seconds:.4g}" for seconds in record.step_seconds)]
+    return "\n".join(parts) + "\n"
+
+
+def _history_rows(record: RunRecord) -> list[list[str]]:
+    """One line per step, one column per stream."""
+    streams = sorted({stream.stream for stream in record.stats.streams if stream.history})
+    rows = [["step", *(f"stream {stream}" for stream in streams)]]
+    means = [record.stats.mean_history(stream) for stream in streams]
+    for step, cells in enumerate(itertools.zip_longest(*means)):
+        rows.append([str(step + 1), *("" if density is None else f"{density:.3f}" for density in cells)])
+    return rows
+
+
+_RENDERERS: dict[str, Callable[[RunRecord], str]] = {
+    ".html": render_html,
+    ".htm": render_html,
+    ".txt": render_text,
+    ".json": to_json,
+}
