@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,18 +81,18 @@ class ThresholdsInForce:
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
     def update(
-        self, default: Thresholds, layers: tuple[str, ...], tensors: Sequence[Tensor | None], number: int
+        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int
     ) -> bool:
         """Write the table if it is not what a call should see; whether masks made under other thresholds may exist.
 
         Args:
             default: what holds without an override.
-            tensors: parameters and buffers of the graph.
+            tensors: gives the parameters and buffers of the graph; asked only if something was set since.
             number: `latest_override()` when the call of the model began; later ones wait for the next call.
         """
         if number == self._number and layers == self.layers:
             return False
-        found = next(overrides_of(tensors), None)
+        found = next(overrides_of(tensors()), None)
         if found is not None and found.number > number:
             return False
         thresholds = default if found is None else found.thresholds

@@ -170,9 +170,7 @@ class StatefulGraph:
         return binding.clock
 
     def _follow_thresholds(self, binding: Binding, number: int) -> bool:
-        return binding.thresholds.update(
-            self._thresholds, binding.names or self._layer_names, binding.tensors(), number
-        )
+        return binding.thresholds.update(self._thresholds, binding.names or self._layer_names, binding.tensors, number)
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
         anchor = binding.tensors()[0] if self._dense_steps.count_last else None
