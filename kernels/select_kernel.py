@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from ..skip_state import TileShape
 
 MIN_HEAD_DIM, MAX_HEAD_DIM = 16, 256
+QK_DTYPES = ("int8", "fp8")
 HOPPER = (9, 0)
 
 
@@ -29,12 +31,24 @@ BREAK_EVEN = {"cpu": 1024, "hopper": 2048, "triton": 4096}
 is taken to be the same on other GPUs."""
 
 
-def select_kernel(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto") -> Kernel | str:
+def select_kernel(
+    device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto", qk_dtype: str | None = None
+) -> Kernel | str:
     """The kernel for `[B, H, S, head_dim]` tensors of `dtype` on `device`, or why there is none.
 
     Args:
         wanted: name of the only kernel that may be taken, or "auto": the fastest that can be.
+        qk_dtype: one of `QK_DTYPES`: what q and k are rounded to for their product, which `hopper` alone can do.
     """
+    if qk_dtype is None:
+        return _select(device, dtype, head_dim, wanted)
+    found = _select(device, dtype, head_dim, "hopper") if wanted in ("auto", "hopper") else f"not {wanted!r}"
+    if isinstance(found, Kernel):
+        return replace(found, name=f"{found.name}-{qk_dtype}")
+    return f"q and k in 8 bits need the kernel 'hopper': {found}"
+
+
+def _select(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str) -> Kernel | str:
     if device.type == "cpu":
         from .attend_cpu import CPU_TILE
 
@@ -90,12 +104,13 @@ def _missing(wanted: str, device: torch.device, *known: str) -> str | None:
 
 def cuda_kernel(name: str) -> Callable[..., None]:
     """The function that launches a kernel; raises `ValueError` if there is none of that name."""
-    if name == "hopper":
+    base, _, qk_dtype = name.partition("-")
+    if base == "hopper" and qk_dtype in ("", *QK_DTYPES):
         from .attend_hopper import attend_hopper
 
-        return attend_hopper
+        return functools.partial(attend_hopper, qk_dtype=qk_dtype) if qk_dtype else attend_hopper
     if name == "triton":
         from .attend_triton import attend_triton
 
         return attend_triton
-    raise ValueError(f"kernel is {name!r}; allowed on cuda: 'hopper', 'triton'")
+    raise ValueError(f"kernel is {name!r}; allowed on cuda: 'hopper', 'hopper-int8', 'hopper-fp8', 'triton'")

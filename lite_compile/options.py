@@ -121,6 +121,10 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
     return check
 
 
+def _qk_dtype(name: str, value: Any) -> str | None:
+    return None if value is None else _one_of("int8", "fp8")(name, value)
+
+
 def _mode(name: str, value: Any) -> str | None:
     if value is None:
         return None
@@ -205,6 +209,12 @@ class Options:
         "Which kernel computes the rewritten attention. 'auto' takes 'hopper' where it can (compute capability 9.0, 16 "
         "bits, head dims up to 128, no attention mask), else the portable 'triton', and 'cpu' on CPUs. Compiling "
         "raises an error where the one asked for cannot be used.",
+    )
+    qk_dtype: Literal["int8", "fp8"] | None = _option(
+        None,
+        _qk_dtype,
+        "8-bit dtype that q and k are rounded to for their product: faster and less exact; softmax and the product with "
+        "v keep the model's dtype. For the kernel for Hopper; compiling raises an error where it cannot be used.",
     )
     protect: tuple[Positions, ...] | Literal["auto"] = _option(
         "auto",

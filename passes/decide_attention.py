@@ -133,15 +133,17 @@ def _decide(
         return Decline(
             site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
         )
-    kernel = select_kernel(q.device, q.dtype, dim, options.kernel)
+    kernel = select_kernel(q.device, q.dtype, dim, options.kernel, options.qk_dtype)
     too_short = _is_too_short(q, kernel, options)
     if too_short is not None:
         return Decline(site, Reason.SHORT, too_short)
     if not isinstance(protection, Protection):
         return Decline(site, *protection)
     if isinstance(kernel, str):
-        if options.kernel != "auto":
-            raise OptionValueError(f"liteattention option 'kernel' is {options.kernel!r}; {site.layer}: {kernel}")
+        if options.kernel != "auto" or options.qk_dtype is not None:
+            name = "kernel" if options.qk_dtype is None else "qk_dtype"
+            value = getattr(options, name)
+            raise OptionValueError(f"liteattention option {name!r} is {value!r}; {site.layer}: {kernel}")
         return Decline(site, Reason.DEVICE, kernel)
     if site.in_subgraph:
         return Decline(site, Reason.SUBGRAPH, "of a higher-order operator (nested_compile_region, checkpoint, cond)")

@@ -36,6 +36,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"dense_step": (1, 0)}, ValueError, ["dense_step", "Did you mean 'dense_steps'?"]),
     ({"min_seq_len": 0}, ValueError, ["min_seq_len", "0", "integer from 1"]),
     ({"min_seq_len": 10.5}, TypeError, ["min_seq_len", "10.5"]),
+    ({"qk_dtype": "int4"}, ValueError, ["qk_dtype", "'int4'", "'int8'", "'fp8'"]),
+    ({"qk_dtype": 8}, TypeError, ["qk_dtype", "8"]),
     ({"min_seq_len": "aut"}, TypeError, ["min_seq_len", "'aut'", "'auto'"]),
     ({"max_streams": 0}, ValueError, ["max_streams", "0", "1 to 64"]),
     ({"max_streams": 65}, ValueError, ["max_streams", "65"]),

@@ -22,6 +22,12 @@ def test_a_kernel_that_cannot_be_used_is_an_error_that_names_the_layer(kernel: s
         denoise(run, noise(0), [prompt(0)], 2)
 
 
+def test_8_bits_where_no_kernel_has_them_are_an_error_that_names_the_layer() -> None:
+    run = torch.compile(tiny_wan(), backend="liteattention", options={**OPTIONS, "qk_dtype": "int8"})
+    with pytest.raises(OptionValueError, match="'qk_dtype' is 'int8'.*blocks.0.attn1.*8 bits need the kernel 'hopper'"):
+        denoise(run, noise(0), [prompt(0)], 2)
+
+
 @pytest.mark.parametrize("kernel", ["auto", "cpu"])
 def test_the_cpu_kernel_is_used(kernel: str) -> None:
     run = torch.compile(tiny_wan(), backend="liteattention", options={**OPTIONS, "kernel": kernel})
@@ -37,5 +43,6 @@ def test_kernels_by_name() -> None:
     assert isinstance(select_kernel(CPU, torch.float32, 64, "triton"), str)
     assert cuda_kernel("triton").__name__ == "attend_triton"
     assert cuda_kernel("hopper").__name__ == "attend_hopper"
-    with pytest.raises(ValueError, match="'cpu'; allowed on cuda: 'hopper', 'triton'"):
+    assert cuda_kernel("hopper-fp8").keywords == {"qk_dtype": "fp8"}  # type: ignore[attr-defined]
+    with pytest.raises(ValueError, match="'cpu'; allowed on cuda: 'hopper', 'hopper-int8', 'hopper-fp8', 'triton'"):
         cuda_kernel("cpu")
