@@ -213,8 +213,8 @@ class Options:
     qk_dtype: Literal["int8", "fp8"] | None = _option(
         None,
         _qk_dtype,
-        "8-bit dtype that q and k are rounded to for their product: faster and less exact; softmax and the product with "
-        "v keep the model's dtype. For the kernel for Hopper; compiling raises an error where it cannot be used.",
+        "8-bit dtype that q and k are rounded to for their product: faster and less exact; softmax and the product "
+        "with v keep the model's dtype. For the kernel for Hopper; compiling raises an error where it cannot be used.",
     )
     protect: tuple[Positions, ...] | Literal["auto"] = _option(
         "auto",

@@ -24,7 +24,9 @@ def test_a_kernel_that_cannot_be_used_is_an_error_that_names_the_layer(kernel: s
 
 def test_8_bits_where_no_kernel_has_them_are_an_error_that_names_the_layer() -> None:
     run = torch.compile(tiny_wan(), backend="liteattention", options={**OPTIONS, "qk_dtype": "int8"})
-    with pytest.raises(OptionValueError, match="'qk_dtype' is 'int8'.*blocks.0.attn1.*8 bits need the kernel 'hopper'"):
+    with pytest.raises(
+        OptionValueError, match=r"'qk_dtype' is 'int8'.*blocks.0.attn1.*8 bits need the kernel 'hopper'"
+    ):
         denoise(run, noise(0), [prompt(0)], 2)
 
 
