@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lite-compile-installed
@@ -12,7 +13,7 @@ MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint format types bench-cpu models-doc build clean
+.PHONY: help env demo test test-slow test-gpu lint format types bench bench-cpu models-doc build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -55,6 +56,11 @@ test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
 	LITE_TEST_DEVICE=cuda LITE_TEST_DTYPE=$(GPU_DTYPE) PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH \
 	    $(PYTHON) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
+
+bench:  ## time attention on this machine's GPU with PYTHON's own torch (BENCH_ARGS="--json FILE")
+	@rm -rf $(SITE) build/lib
+	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
+	PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH $(PYTHON) benchmarks/bench_gpu.py $(BENCH_ARGS)
 
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py

@@ -1,105 +1,211 @@
-"""Time of one attention call on a GPU at several skipped shares, next to cuDNN's dense attention.
+"""Time of one attention call on a GPU: our kernels at several skipped shares, and what else there is.
 
-Proves the result right against float64 before it times anything. `python benchmarks/bench_gpu.py [--json FILE]`.
+Each result is proved right against float64 before it is timed. `python benchmarks/bench_gpu.py [--json FILE]`, or
+`make bench`. "sustained" is the median of back-to-back launches, which is what a video run sees: the card is limited by
+its power then. "cold" is one launch after a pause.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 import triton
+from skip_patterns import Shape, impose
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from tqdm import tqdm
 
-from lite_compile.attention_bench import EPOCH, imposed_state, sustained
+from lite_compile.attention_bench import EPOCH, MARKS_NOTHING, sustained
 from lite_compile.kernels.select_kernel import Kernel, select_kernel
+from lite_compile.ops import NOW_EPOCH, NOW_GENERATION, NOW_WORDS
+from lite_compile.skip_state import TileShape
 
-SHAPES = [(1, 12, 32760, 128), (1, 24, 17408, 64), (2, 16, 4096, 64), (1, 24, 4096, 128)]
-SKIPPED = [0.0, 0.42, 0.77]
-
-
-def inputs(shape: tuple[int, int, int, int]) -> list[Tensor]:
-    """q, k, v in bf16, laid out `[B, S, H, D]` in memory as diffusers does."""
-    batch, heads, length, dim = shape
-    return [
-        torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2) for _ in range(3)
-    ]
-
-
-def check(q: Tensor, k: Tensor, v: Tensor, state: Tensor, mask: Tensor, kernel: Kernel) -> float:
-    """Relative error of the first and last rows of tiles against float64 over the kept tiles."""
-    tile = kernel.tile
-    out, _ = attend(q, k, v, state.clone(), kernel)
-    worst = 0.0
-    for row in (0, mask.shape[2] - 1):
-        rows = slice(row * tile.q, min((row + 1) * tile.q, q.shape[2]))
-        scores = q[0, 0, rows].double() @ k[0, 0].double().T * q.shape[-1] ** -0.5
-        dropped = mask[0, 0, row].repeat_interleave(tile.k)[: k.shape[2]]
-        expected = scores.masked_fill(dropped, -torch.inf).softmax(-1) @ v[0, 0].double()
-        worst = max(worst, float((out[0, 0, rows].double() - expected).norm() / expected.norm()))
-    assert worst < 6e-3, f"wrong result: relative error {worst}"
-    return worst
+SHAPES: list[Shape] = [
+    (1, 12, 32760, 128),
+    (1, 40, 32760, 128),
+    (1, 4, 75600, 128),
+    (1, 24, 17408, 64),
+    (2, 16, 4096, 64),
+]
+SHARES = (0.0, 0.21, 0.42, 0.57, 0.77, 0.9)
+OTHER_PATTERNS = {"banded": (0.57, 0.77), "unbalanced": (0.57,), "unbalanced, late": (0.57,)}
+FLEX_TILE = TileShape(128, 128)
+FLEX_SHARES = (0.0, 0.42, 0.77)
+OURS = ("hopper", "hopper-int8", "hopper-fp8", "triton")
+ERRORS = {"hopper-int8": 4e-2, "hopper-fp8": 1e-1}
+"""Largest relative error where it is not that of bfloat16."""
+BFLOAT16_ERROR = 6e-3
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, state: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
-    """One call that uses and records the state; random inputs mark nothing at this threshold."""
-    return torch.ops.lite_compile.attend(
-        q, k, v, state, NOW, q.shape[-1] ** -0.5, THRESHOLD, *kernel.tile, kernel_name=kernel.name
-    )
+class Problem:
+    """Random q, k, v in bf16, laid out `[B, S, H, D]` in memory as diffusers does."""
+
+    def __init__(self, shape: Shape) -> None:
+        batch, heads, length, dim = shape
+        self.shape, self.scale = shape, dim**-0.5
+        self.q, self.k, self.v = (
+            torch.randn(batch, length, heads, dim, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
+            for _ in range(3)
+        )
+        self.now = torch.zeros(NOW_WORDS, dtype=torch.int32, device="cuda")
+        self.now[NOW_EPOCH] = self.now[NOW_GENERATION] = EPOCH
+        self.threshold = torch.tensor(MARKS_NOTHING, device="cuda")
+        self.flops = 4 * batch * heads * length**2 * dim
+        # A generation runs for long, so that short calls are timed often.
+        self.repeats = min(400, max(40, int(4e14 / self.flops)))
+
+    def sdpa(self, backend: SDPBackend) -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(self.q, self.k, self.v)
+
+    def ours(self, kernel: Kernel, state: Tensor) -> Tensor:
+        """One call that uses and records the state; random inputs mark nothing at this threshold."""
+        attend = torch.ops.lite_compile.attend
+        given = (self.q, self.k, self.v, state, self.now, self.scale, self.threshold, *kernel.tile)
+        out: Tensor = attend(*given, kernel_name=kernel.name)[0]
+        return out
+
+    def error(self, out: Tensor, mask: Tensor | None, tile: TileShape) -> float:
+        """Largest relative error of the first and last rows of tiles against float64 over the kept tiles."""
+        worst = 0.0
+        length = self.shape[2]
+        for batch, head, start in ((0, 0, 0), (-1, -1, (length - 1) // tile.q * tile.q)):
+            rows = slice(start, min(start + tile.q, length))
+            scores = self.q[batch, head, rows].double() @ self.k[batch, head].double().T * self.scale
+            if mask is not None:
+                dropped = mask[batch, head, start // tile.q].repeat_interleave(tile.k)[:length]
+                scores = scores.masked_fill(dropped, -math.inf)
+            expected = scores.softmax(-1) @ self.v[batch, head].double()
+            worst = max(worst, float((out[batch, head, rows].double() - expected).norm() / expected.norm()))
+        return worst
+
+    def flex(self, mask: Tensor) -> Callable[[], Tensor]:
+        """FlexAttention over the blocks that `mask` keeps."""
+        kept = (~mask).int()
+        number, index = kept.sum(-1, dtype=torch.int32), kept.argsort(-1, descending=True, stable=True).int()
+        none = torch.zeros_like(number), torch.zeros_like(index)
+        lengths = (self.shape[2], self.shape[2])
+        blocks = BlockMask.from_kv_blocks(*none, number, index, BLOCK_SIZE=tuple(FLEX_TILE), seq_lengths=lengths)
+        compiled: Any = _flex_attention()
+        return lambda: compiled(self.q, self.k, self.v, block_mask=blocks)
+
+
+def _flex_attention() -> Callable[..., Tensor]:
+    if not _compiled:
+        _compiled.append(torch.compile(flex_attention, dynamic=False))
+    return _compiled[0]
+
+
+_compiled: list[Callable[..., Tensor]] = []
+
+
+def cold(call: Callable[[], object]) -> float:
+    """Median milliseconds of single launches after 60 ms of nothing."""
+    times = []
+    for _ in range(7):
+        torch.cuda.synchronize()
+        time.sleep(0.06)
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def cases(shape: Shape) -> Iterator[tuple[str, str, float]]:
+    """`(kernel, pattern, share)` of what is timed."""
+    for name in OURS:
+        for share in SHARES if "-" not in name else SHARES[:1]:
+            yield name, "scattered", share
+        if "-" not in name:
+            for pattern, shares in OTHER_PATTERNS.items():
+                yield from ((name, pattern, share) for share in shares)
+    if shape[0] == 1 and shape[1] * shape[2] <= 12 * 32760:  # a BlockMask of more takes minutes to make
+        for share in FLEX_SHARES:
+            yield "flex", "scattered", share
+
+
+def measure(shape: Shape, progress: tqdm[Any]) -> Iterator[dict[str, Any]]:
+    """One row per case, the dense kernels first."""
+    problem = Problem(shape)
+
+    def row(kernel: str, pattern: str, share: float, call: Callable[[], Tensor], error: float) -> dict[str, Any]:
+        limit = ERRORS.get(kernel, BFLOAT16_ERROR)
+        assert error < limit, f"{kernel} {shape} {pattern} {share}: relative error {error}, allowed {limit}"
+        found = {
+            "shape": shape, "kernel": kernel, "pattern": pattern, "skipped": share, "error": error,
+            "ms": sustained(call, problem.repeats), "cold_ms": cold(call),
+        }  # fmt: skip
+        found["effective_tflops"] = problem.flops * (1 - share) / found["ms"] / 1e9
+        progress.update()
+        return found
+
+    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
+        tile = TileShape(128, 128)
+        error = problem.error(problem.sdpa(backend), None, tile)
+        yield row(name, "", 0.0, lambda: problem.sdpa(backend), error)  # noqa: B023
+    for name, pattern, share in cases(shape):
+        if name == "flex":
+            _, mask = impose(shape, FLEX_TILE, pattern, share)
+            call = problem.flex(mask)
+            yield row(name, pattern, float(mask.float().mean()), call, problem.error(call(), mask, FLEX_TILE))
+            continue
+        base, _, qk_dtype = name.partition("-")
+        kernel = select_kernel(torch.device("cuda"), torch.bfloat16, shape[3], base, qk_dtype or None)
+        if isinstance(kernel, str):
+            progress.write(f"{name}: {kernel}")
+            continue
+        state, mask = impose(shape, kernel.tile, pattern, share)
+        ours = lambda kernel=kernel, state=state: problem.ours(kernel, state)  # noqa: E731
+        yield row(name, pattern, float(mask.float().mean()), ours, problem.error(ours(), mask, kernel.tile))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--kernel", nargs="+", default=["hopper", "triton"], help="default: all that serve the device")
+    parser.add_argument("--shape", type=int, nargs="+", default=range(len(SHAPES)), help=f"indices into {SHAPES}")
     arguments = parser.parse_args()
-    global NOW, THRESHOLD
-    NOW = torch.tensor([EPOCH, 1, 0, 1, 0], dtype=torch.int32, device="cuda")
-    THRESHOLD = torch.tensor(-1000.0, device="cuda")
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU; `make bench-cpu` is for CPUs")
+    shapes = [SHAPES[number] for number in arguments.shape]
     rows = []
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16, sustained")
+    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
     print(
-        f"{'shape':>20} {'kernel':>8} {'tile':>8} {'skipped':>8} {'ms':>8} {'TF eff.':>8} {'cuDNN ms':>9} "
-        f"{'speed-up':>8} {'vs ideal':>8}"
+        f"{'shape':>17} {'kernel':>11} {'pattern':>16} {'skipped':>8} {'ms':>8} {'cold':>8} {'TF eff.':>8} "
+        f"{'/ cuDNN':>8} {'/ ideal':>8} {'error':>8}"
     )
-    for shape in SHAPES:
-        q, k, v = inputs(shape)
-        flops = 4 * shape[0] * shape[1] * shape[2] ** 2 * shape[3]
-        repeats = 40 if shape[2] > 8192 else 200
-        with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-            cudnn = sustained(lambda: F.scaled_dot_product_attention(q, k, v), repeats)  # noqa: B023
-        for name in arguments.kernel:
-            kernel = select_kernel(q.device, q.dtype, shape[3], name)
-            if isinstance(kernel, str):
-                print(f"{'x'.join(map(str, shape)):>20} {name:>8}: {kernel}")
-                continue
-            for share in SKIPPED:
-                state, mask = imposed_state(shape, kernel.tile, share, "cuda")
-                error = check(q, k, v, state, mask, kernel)
-                actual = float(mask.float().mean())
-                ms = sustained(lambda: attend(q, k, v, state, kernel), repeats)  # noqa: B023
-                row = {
-                    "shape": shape, "kernel": name, "tile": kernel.tile, "skipped": actual, "ms": ms, "cudnn_ms": cudnn,
-                    "error": error, "effective_tflops": flops * (1 - actual) / ms / 1e9,
-                }  # fmt: skip
+    with tqdm(total=sum(2 + len(list(cases(shape))) for shape in shapes), disable=None, leave=False) as progress:
+        for shape in shapes:
+            for row in measure(shape, progress):
+                if row["kernel"] == "cudnn":
+                    cudnn = row["ms"]
+                row |= {"speed_up": cudnn / row["ms"], "of_ideal": row["ms"] / (1 - row["skipped"]) / cudnn}
                 rows.append(row)
-                print(
-                    f"{'x'.join(map(str, shape)):>20} {name:>8} {'x'.join(map(str, kernel.tile)):>8} {actual:8.3f} "
-                    f"{ms:8.3f} {row['effective_tflops']:8.0f} {cudnn:9.3f} {cudnn / ms:8.2f} "
-                    f"{(1 - actual) * cudnn / ms:8.2f}"
+                progress.write(
+                    f"{'x'.join(map(str, shape)):>17} {row['kernel']:>11} {row['pattern']:>16} {row['skipped']:8.3f} "
+                    f"{row['ms']:8.3f} {row['cold_ms']:8.3f} {row['effective_tflops']:8.0f} {row['speed_up']:8.2f} "
+                    f"{row['of_ideal']:8.3f} {row['error']:8.1e}"
                 )
     if arguments.json:
         record = {
             "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
             "python": platform.python_version(), "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
         }  # fmt: skip
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,8 +23,8 @@ def test_one_history_per_layer_and_one_node_after_the_attention() -> None:
         lines_with(gm, "record_density"),
         """record_density = lite_compile_density_history_record_density([lite_history_0], [lite_state_0], now)""",
     )
-    *_, clock, layer, history = placeholders(gm.graph)
-    assert [node.name for node in (clock, layer, history)] == ["lite_clock", "lite_state_0", "lite_history_0"]
+    *_, table, layer, history = placeholders(gm.graph)
+    assert [node.name for node in (table, layer, history)] == ["lite_table", "lite_state_0", "lite_history_0"]
     value = fake_tensor(history)
     assert value is not None
     assert (tuple(value.shape), value.dtype) == (history_shape(4), torch.int64)
