@@ -19,12 +19,13 @@ from .pointwise_steps import bias_that_hides, is_zero, writes
 _POINTWISE = {
     "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "clone", "detach", "expand", "repeat",
     "add", "sub", "mul", "div", "neg", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or",
-    "masked_fill", "where", torch.where, torch.masked_fill, torch.logical_not, torch.logical_and, torch.logical_or,
+    "masked_fill", "where", "repeat_interleave", torch.repeat_interleave,
+    torch.where, torch.masked_fill, torch.logical_not, torch.logical_and, torch.logical_or,
     torch.add, torch.sub, torch.rsub, torch.mul, torch.div, torch.neg, torch.eq, torch.ne, torch.clone,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.invert, operator.and_,
     operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
 }  # fmt: skip
-"""What computes each element from those that broadcasting aligns with it: equal slices give equal slices."""
+"""What repeats, or computes each element from those that broadcasting aligns with it: equal slices stay equal."""
 _FILLED = {
     torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones",
     "new_full",
@@ -60,7 +61,7 @@ def match_key_mask(
     fake = fake_tensor(mask)
     if fake is None or special_kind(fake):
         return Declined(Reason.MASK, "not a plain tensor")
-    if is_zero(mask, reader=site.node):
+    if fake.dtype is not torch.bool and is_zero(mask, reader=site.node):
         return None
     if fake.dtype is not torch.bool and not fake.is_floating_point():
         return Declined(Reason.MASK, f"its dtype is {fake.dtype}")
