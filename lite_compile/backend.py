@@ -23,6 +23,7 @@ from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
+from .passes.match_key_mask import mask_inputs
 from .passes.protect_positions import protect_positions
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
@@ -87,13 +88,17 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
     if not rewrites or clock is None:
         return gm, None, report
+    biases = [rewrite.key_bias for rewrite in rewrites if rewrite.key_bias is not None and clock is ClockSource.ROOT]
+    masks = dict.fromkeys(node for bias in biases for node in mask_inputs(bias, graph.graph))
     now = insert_step_guard(graph, clock, settings.max_streams, rewrites[0].device)
     layers = rewrite_attention(graph, rewrites, now, settings.threshold, settings.max_streams)
     graph.graph.lint()
     graph.recompile()
     source = clock if isinstance(clock, ClockSource) else None
     words = clock_length(clock, settings.max_streams)
-    state = StateInputs(tuple(layers), settings.max_streams, rewrites[0].device, source, words, settings.names)
+    state = StateInputs(
+        tuple(layers), settings.max_streams, rewrites[0].device, source, words, settings.names, tuple(masks)
+    )
     return graph, state, report
 
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
+from .mask_watch import MaskWatch
 from .skip_state import TileShape
 
 MAX_BINDINGS = 16
@@ -83,6 +84,7 @@ class Binding:
         """Qualified names of the layers, where the graph only knows the last part of them."""
         self.served = 0
         """Number of the last call of the root that used these states."""
+        self.mask_watch: MaskWatch | None = None
         with _registry_lock:
             _registry.add(self)
 
@@ -120,7 +122,7 @@ class Binding:
 
     def move_to(self, clock: Tensor, names: Sequence[str]) -> None:
         """Follow another clock from now on, with empty states; `names` of the layers in its module."""
-        self.clock, self.names = clock, tuple(names)
+        self.clock, self.names, self.mask_watch = clock, tuple(names), None
         self._states.clear()
 
     def tensors(self) -> list[Tensor | None]:

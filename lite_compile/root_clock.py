@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
-from .clock import RESET, advance, clock_words
+from .clock import RESET, advance, clock_words, identify
 from .layer_state import versions
 from .ops import NOW_SLOT, NOW_WORDS
 from .passes.find_attention import is_made_up
@@ -83,6 +83,7 @@ class RootClock:
     def __init__(self, max_streams: int, conditions: int, device: torch.device) -> None:
         self._max_streams = max_streams
         self._call = 0
+        self._identified: dict[tuple[int, ...], tuple[list[Any], Tensor]] = {}
         with torch.inference_mode(False):
             self.clock = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32, device=device)
             self.now = dense_now(device)
@@ -91,6 +92,7 @@ class RootClock:
         """int32 `[NOW_WORDS]`: where `call` stands. Advances the clock when the call asks for the first time."""
         if call.number != self._call:
             self._call = call.number
+            self._identified.clear()
             given = call.arguments
             with torch.inference_mode(False), torch.no_grad():
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
@@ -98,6 +100,16 @@ class RootClock:
                 timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
                 self.now.copy_(advance(self.clock, latents, timestep, conditions, self._max_streams))
         return self.now
+
+    def identify(self, values: Sequence[Any]) -> Tensor:
+        """int32 fingerprint of what a block was given, computed once per call for blocks that were given the same."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        key = (*map(id, values), *versions(tensors))
+        if key not in self._identified:
+            with torch.inference_mode(False), torch.no_grad():
+                fingerprint = identify(list(map(_usable, values)), self.clock.device)
+            self._identified[key] = (list(values), fingerprint)  # which keeps the ids from being used again
+        return self._identified[key][1]
 
 
 class Root:

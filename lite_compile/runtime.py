@@ -16,6 +16,7 @@ from torch import Tensor, fx
 
 from .clock_source import ClockSource
 from .layer_state import Binding, LayerSpec, find_binding
+from .mask_watch import MaskWatch
 from .options import LayerNames
 from .passes.graph_inputs import attribute_path, fake_value, is_buffer, is_parameter, placeholders, source_name
 from .passes.rewrite_attention import StateInput
@@ -105,6 +106,8 @@ class StateInputs:
     """Length of the clock; 0 where it is not an input."""
     names: LayerNames
     """Which layers may use their state, if the names that the graph knows are parts of names."""
+    masks: tuple[fx.Node, ...] = ()
+    """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
 
 
 class StatefulGraph:
@@ -119,6 +122,7 @@ class StatefulGraph:
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words = state.names, state.clock_words
+        self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         # What identifies a model: the weights of its rewritten layers first, then all else that it is made of.
         self._identity = [position[layer.weight] for layer in state.layers]
@@ -135,7 +139,7 @@ class StatefulGraph:
         self._warn_if_nothing_lasts(binding)
         with binding.lock:
             if self._source is ClockSource.ROOT:
-                clock = self._follow_root(binding)
+                clock = self._follow_root(binding, args)
             else:
                 clock = binding.clock
                 if self._source is ClockSource.ANNOUNCED:
@@ -143,7 +147,7 @@ class StatefulGraph:
             states = binding.states(self._resolve(args))
             return self._compiled(*args, clock, *(state.state for state in states))
 
-    def _follow_root(self, binding: Binding) -> Tensor:
+    def _follow_root(self, binding: Binding, args: Sequence[Any]) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
         if call is None:
@@ -156,7 +160,12 @@ class StatefulGraph:
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
             return self._dense
         binding.served = call.number
-        return root.read(call)
+        now = root.read(call)
+        if not self._masks:
+            return now
+        given = root.identify([args[index] for index in self._masks])
+        binding.mask_watch = binding.mask_watch or MaskWatch(now, self._max_streams, len(given))
+        return binding.mask_watch.follow(now, given)
 
     def _warn_if_nothing_lasts(self, binding: Binding) -> None:
         self._fresh_in_a_row = self._fresh_in_a_row + 1 if binding.calls == 1 else 0

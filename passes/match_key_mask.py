@@ -12,7 +12,16 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..decisions import Reason
 from .attention_site import AttentionSite, Declined
-from .graph_inputs import argument_name, fake_tensor, fake_value, size_hint, special_kind, storages
+from .graph_inputs import (
+    argument_name,
+    fake_tensor,
+    fake_value,
+    is_static,
+    placeholders,
+    size_hint,
+    special_kind,
+    storages,
+)
 from .planned_nodes import Operand, PlannedNode, plan
 from .pointwise_steps import bias_that_hides, is_zero, writes
 
@@ -85,6 +94,11 @@ def _key_bias(mask: Operand) -> Operand:
     if fake.dtype is torch.bool:
         return bias_that_hides(plan("logical_not", bias))
     return bias if fake.dtype is torch.float32 else plan("to", bias, torch.float32)
+
+
+def mask_inputs(bias: Operand, graph: fx.Graph) -> list[fx.Node]:
+    """Inputs of the graph, other than parameters and buffers, whose values a bias is made from."""
+    return [node for node in placeholders(graph) if not is_static(node) and _is_made_from(bias, node)]
 
 
 def _is_constant(value: Any, dim: int) -> bool:
