@@ -24,6 +24,7 @@ from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
+from .passes.match_key_mask import mask_inputs
 from .passes.protect_positions import protect_positions
 from .passes.record_history import record_history
 from .passes.report_attention import report_attention
@@ -91,6 +92,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     if not rewrites or clock is None:
         return gm, None, report
     device = rewrites[0].device
+    biases = [rewrite.key_bias for rewrite in rewrites if rewrite.key_bias is not None and clock is ClockSource.ROOT]
+    masks = dict.fromkeys(node for bias in biases for node in mask_inputs(bias, graph.graph))
     now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
     layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
@@ -104,7 +107,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps, settings.history,
+        settings.dense_steps, settings.history, tuple(masks),
     )  # fmt: skip
     return graph, state, report
 

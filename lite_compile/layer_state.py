@@ -21,6 +21,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
 from .density_history import history_shape
+from .mask_watch import MaskWatch
 from .overrides import ThresholdsInForce
 from .skip_state import TileShape
 
@@ -90,6 +91,7 @@ class Binding:
         """Qualified names of the layers, where the graph only knows the last part of them."""
         self.served = 0
         """Number of the last call of the root that used these states."""
+        self.mask_watch: MaskWatch | None = None
         with _registry_lock:
             _registry.add(self)
 
@@ -140,7 +142,7 @@ class Binding:
 
     def move_to(self, clock: Tensor, names: Sequence[str]) -> None:
         """Follow another clock from now on, with empty states; `names` of the layers in its module."""
-        self.clock, self.names = clock, tuple(names)
+        self.clock, self.names, self.mask_watch = clock, tuple(names), None
         self._states.clear()
 
     def tensors(self) -> list[Tensor | None]:

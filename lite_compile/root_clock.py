@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
-from .clock import RESET, advance, clock_words
+from .clock import RESET, advance, clock_words, identify
 from .layer_state import versions
 from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
 from .overrides import latest_override, touching_override
@@ -87,6 +87,7 @@ class RootClock:
     def __init__(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> None:
         self._max_streams, self._dense_steps = max_streams, dense_steps
         self._call = 0
+        self._identified: dict[tuple[int, ...], tuple[list[Any], Tensor]] = {}
         with torch.inference_mode(False):
             self.clock = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32, device=device)
             self.now = dense_now(device)
@@ -95,6 +96,7 @@ class RootClock:
         """int32 `[NOW_WORDS]`: where `call` stands. Advances the clock when the call asks for the first time."""
         if call.number != self._call:
             self._call = call.number
+            self._identified.clear()
             given = call.arguments
             with torch.inference_mode(False), torch.no_grad():
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
@@ -103,6 +105,16 @@ class RootClock:
                 now = advance(self.clock, latents, timestep, conditions, self._max_streams, self._dense_steps)
                 self.now.copy_(now)
         return self.now
+
+    def identify(self, values: Sequence[Any]) -> Tensor:
+        """int32 fingerprint of what a block was given, computed once per call for blocks that were given the same."""
+        tensors = [value for value in values if isinstance(value, Tensor)]
+        key = (*map(id, values), *versions(tensors))
+        if key not in self._identified:
+            with torch.inference_mode(False), torch.no_grad():
+                fingerprint = identify(list(map(_usable, values)), self.clock.device)
+            self._identified[key] = (list(values), fingerprint)  # which keeps the ids from being used again
+        return self._identified[key][1]
 
 
 class Root:

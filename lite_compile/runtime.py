@@ -18,6 +18,7 @@ from .announce import tell_steps
 from .clock import RESET
 from .clock_source import ClockSource
 from .layer_state import Binding, LayerSpec, find_binding
+from .mask_watch import MaskWatch
 from .options import LayerNames
 from .overrides import latest_override
 from .passes.graph_inputs import attribute_path, fake_value, is_buffer, is_parameter, placeholders, source_name
@@ -115,6 +116,8 @@ class StateInputs:
     dense_steps: DenseSteps
     history: bool = False
     """Whether one density history per layer follows the states."""
+    masks: tuple[fx.Node, ...] = ()
+    """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
 
 
 class StatefulGraph:
@@ -132,6 +135,7 @@ class StatefulGraph:
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
         self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
+        self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
         # What identifies a model: the weights of its rewritten layers first, then all else that it is made of.
@@ -148,7 +152,7 @@ class StatefulGraph:
         binding = find_binding(self._key, tensors, self._clock_words, self._device)
         self._warn_if_nothing_lasts(binding)
         with binding.lock:
-            clock = self._follow_root(binding) if self._source is ClockSource.ROOT else self._own_clock(binding)
+            clock = self._follow_root(binding, args) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
             states = binding.states(self._resolve(args), self._history)
             histories = [state.history for state in states] if self._history else []
@@ -177,7 +181,7 @@ class StatefulGraph:
         if anchor is not None:
             tell_steps(anchor, clock)
 
-    def _follow_root(self, binding: Binding) -> Tensor:
+    def _follow_root(self, binding: Binding, args: Sequence[Any]) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
         if call is None:
@@ -193,7 +197,12 @@ class StatefulGraph:
             return self._dense
         binding.served = call.number
         self._tell_steps(binding, root.clock)
-        return root.read(call)
+        now = root.read(call)
+        if not self._masks:
+            return now
+        given = root.identify([args[index] for index in self._masks])
+        binding.mask_watch = binding.mask_watch or MaskWatch(now, self._max_streams, len(given))
+        return binding.mask_watch.follow(now, given)
 
     def _warn_if_nothing_lasts(self, binding: Binding) -> None:
         self._fresh_in_a_row = self._fresh_in_a_row + 1 if binding.calls == 1 else 0

@@ -12,19 +12,29 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ..decisions import Reason
 from .attention_site import AttentionSite, Declined
-from .graph_inputs import argument_name, fake_tensor, fake_value, size_hint, special_kind, storages
+from .graph_inputs import (
+    argument_name,
+    fake_tensor,
+    fake_value,
+    is_static,
+    placeholders,
+    size_hint,
+    special_kind,
+    storages,
+)
 from .planned_nodes import Operand, PlannedNode, plan
 from .pointwise_steps import bias_that_hides, is_zero, writes
 
 _POINTWISE = {
     "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "clone", "detach", "expand", "repeat",
     "add", "sub", "mul", "div", "neg", "eq", "ne", "lt", "le", "gt", "ge", "logical_not", "logical_and", "logical_or",
-    "masked_fill", "where", torch.where, torch.masked_fill, torch.logical_not, torch.logical_and, torch.logical_or,
+    "masked_fill", "where", "repeat_interleave", torch.repeat_interleave,
+    torch.where, torch.masked_fill, torch.logical_not, torch.logical_and, torch.logical_or,
     torch.add, torch.sub, torch.rsub, torch.mul, torch.div, torch.neg, torch.eq, torch.ne, torch.clone,
     operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, operator.invert, operator.and_,
     operator.or_, operator.eq, operator.ne, operator.lt, operator.le, operator.gt, operator.ge,
 }  # fmt: skip
-"""What computes each element from those that broadcasting aligns with it: equal slices give equal slices."""
+"""What repeats, or computes each element from those that broadcasting aligns with it: equal slices stay equal."""
 _FILLED = {
     torch.zeros, torch.ones, torch.full, torch.zeros_like, torch.ones_like, torch.full_like, "new_zeros", "new_ones",
     "new_full",
@@ -60,7 +70,7 @@ def match_key_mask(
     fake = fake_tensor(mask)
     if fake is None or special_kind(fake):
         return Declined(Reason.MASK, "not a plain tensor")
-    if is_zero(mask, reader=site.node):
+    if fake.dtype is not torch.bool and is_zero(mask, reader=site.node):
         return None
     if fake.dtype is not torch.bool and not fake.is_floating_point():
         return Declined(Reason.MASK, f"its dtype is {fake.dtype}")
@@ -84,6 +94,11 @@ def _key_bias(mask: Operand) -> Operand:
     if fake.dtype is torch.bool:
         return bias_that_hides(plan("logical_not", bias))
     return bias if fake.dtype is torch.float32 else plan("to", bias, torch.float32)
+
+
+def mask_inputs(bias: Operand, graph: fx.Graph) -> list[fx.Node]:
+    """Inputs of the graph, other than parameters and buffers, whose values a bias is made from."""
+    return [node for node in placeholders(graph) if not is_static(node) and _is_made_from(bias, node)]
 
 
 def _is_constant(value: Any, dim: int) -> bool:

@@ -61,9 +61,9 @@ class SoftmaxSpelling(Spelling):
             written = _Written((), (), declined or roles)
             return AttentionSite(out, product.left, product.right, None, inner=(node,), match=written)
         operands = (
-            trace_operand(roles.q, roles.q_dims, scaled=True),
-            trace_operand(roles.k, roles.k_dims, scaled=True),
-            trace_operand(roles.v, roles.v_dims, scaled=False),
+            trace_operand(roles.q, roles.q_dims, scores.product.node, scaled=True),
+            trace_operand(roles.k, roles.k_dims, scores.product.node, scaled=True),
+            trace_operand(roles.v, roles.v_dims, weights.product.node, scaled=False),
         )
         out, chosen = _choose(out, operands)
         scale = scores.scale

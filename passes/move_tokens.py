@@ -136,6 +136,15 @@ def _narrow(joint: Joint, source: Operand, node: Operand) -> Tokens:
     return Lost(node) if first is None else slice_tokens(joint, first, add(first, size_of(node, joint.dim)), node)
 
 
+def _pad(joint: Joint, source: Operand, node: Operand) -> Tokens:
+    """Padding of other dimensions than the tokens'."""
+    value, widths = fake_tensor(source), argument(node, 1, "pad", ())
+    assert value is not None
+    behind = 2 * (value.dim() - 1 - joint.dim)
+    untouched = all(width == 0 for width in widths[behind : behind + 2])
+    return joint if untouched else Lost(node)
+
+
 def _lose(joint: Joint, source: Operand, node: Operand) -> Tokens:
     return Lost(node)
 
@@ -221,7 +230,10 @@ _RULES: dict[tuple[str, ...], Callable[[Joint, Operand, Operand], Tokens]] = {
     ("getitem",): _subscript,
     ("select",): _select,
     ("narrow",): _narrow,
+    ("pad",): _pad,
     (
-        "flip", "roll", "gather", "index_select", "take_along_dim", "sort", "scatter", "masked_select", "rot90", "topk",
+        "flip", "fliplr", "flipud", "roll", "rot90", "gather", "index_select", "take", "take_along_dim",
+        "masked_select", "sort", "msort", "topk", "channel_shuffle", "native_channel_shuffle", "pixel_shuffle",
+        "pixel_unshuffle", "as_strided", "unfold", "fold",
     ): _lose,
 }  # fmt: skip

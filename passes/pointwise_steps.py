@@ -9,7 +9,7 @@ import inspect
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -59,11 +59,15 @@ _NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
-def _dropout(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None:
-    """Signature of `torch.nn.functional.dropout`; `torch.dropout` calls its third argument `train`."""
+def _functional(input: Any, p: Any = 0.5, training: Any = True, inplace: Any = False) -> None:
+    """Signature of `torch.nn.functional.dropout`."""
 
 
-_DROPOUT = inspect.signature(_dropout)
+def _builtin(input: Any, p: Any, train: Any) -> None:
+    """Signature of `torch.dropout`."""
+
+
+_DROPOUT = {F.dropout: inspect.signature(_functional), torch.dropout: inspect.signature(_builtin)}
 
 
 def cast_of(node: fx.Node) -> fx.Node | None:
@@ -127,10 +131,20 @@ def masking_of(node: fx.Node) -> fx.Node | None:
     return next((x for x in places if isinstance(x, fx.Node) and same_shape(x, node)), None)
 
 
-def hiding_bias(node: fx.Node, scores: fx.Node) -> PlannedNode | None:
-    """What could be added to `scores` in place of a `masked_fill` or `where` that hides some; None if it does not hide.
+class Hiding(NamedTuple):
+    """Scores that give way to a number, so that they have no weight beside others."""
 
-    A finite filler becomes the lowest float32, which float32 adds without a trace of the score as well.
+    where: Operand
+    """bool, True where they do."""
+    filler: float
+    """The number in the scale of the softmax's argument."""
+
+
+def hiding_of(node: fx.Node, scores: fx.Node, scale: Any) -> Hiding | None:
+    """What a `masked_fill` or `where` of `scores` hides; None if it does not hide but change them.
+
+    Args:
+        scale: what the result is multiplied by before the softmax.
     """
     if node.kwargs or len(node.args) != 3:
         return None
@@ -143,27 +157,31 @@ def hiding_bias(node: fx.Node, scores: fx.Node) -> PlannedNode | None:
     else:
         _, condition, filler = node.args
         hides = node.target != "where"
-    if not is_number(filler) or filler > _HIDDEN or getattr(fake_tensor(condition), "dtype", None) is not torch.bool:
+    if not is_number(filler) or not is_number(scale) or scale <= 0 or filler * scale > _HIDDEN:
         return None
-    lowest = -math.inf if filler == -math.inf else torch.finfo(torch.float32).min
-    return bias_that_hides(condition if hides else plan("logical_not", condition), lowest)
+    if getattr(fake_tensor(condition), "dtype", None) is not torch.bool:
+        return None
+    return Hiding(condition if hides else plan("logical_not", condition), filler * scale)
 
 
-def bias_that_hides(hidden: Operand, by: float = -math.inf) -> PlannedNode:
-    """float32, to be added to scores: `by` where the bools `hidden` are true, else 0."""
-    return plan("masked_fill", plan(torch.zeros_like, hidden, dtype=torch.float32), hidden, by)
+def bias_that_hides(hidden: Operand, by: float = -math.inf, bias: Operand | None = None) -> PlannedNode:
+    """float32, to be added to scores: what hides them where the bools `hidden` are true, else `bias` or 0.
+
+    A finite `by` becomes the lowest float32, which float32 adds without a trace of the score as well.
+    """
+    lowest = -math.inf if by == -math.inf else torch.finfo(torch.float32).min
+    zeros = plan(torch.zeros_like, hidden, dtype=torch.float32) if bias is None else plan("to", bias, torch.float32)
+    return plan("masked_fill", zeros, hidden, lowest)
 
 
 def dropout_of(node: fx.Node) -> tuple[fx.Node, Any] | None:
     """Input of a dropout and its probability, 0 where it is switched off."""
-    if node.target is torch.dropout and len(node.args) == 3 and not node.kwargs:
-        source, p, training = node.args
-    elif node.target is F.dropout:
-        bound = _DROPOUT.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        source, p, training, _ = bound.arguments.values()
-    else:
+    signature = _DROPOUT.get(node.target)  # type: ignore[arg-type]
+    if signature is None:
         return None
+    bound = signature.bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    source, p, training = list(bound.arguments.values())[:3]
     return (source, p if training is not False else 0.0) if isinstance(source, fx.Node) else None
 
 

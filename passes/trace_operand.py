@@ -20,29 +20,45 @@ _PERMUTES = {"permute", torch.permute, torch.ops.aten.permute.default}
 
 
 class Origin(NamedTuple):
-    """The operand is `factor * node.permute(dims)`, up to a cast from a narrower dtype."""
+    """The operand is `factor * node.permute(dims)`, up to a cast from a narrower dtype, or one to `cast` at last."""
 
     node: fx.Node
     dims: tuple[int, ...]
     factor: float
     passed: tuple[fx.Node, ...]
     """Nodes between the operand and `node`."""
+    cast: torch.dtype | None = None
+    """What autocast makes of the operand where it is used."""
 
     @property
     def dtype(self) -> torch.dtype | None:
         fake = fake_tensor(self.node)
-        return None if fake is None else fake.dtype
+        return self.cast if self.cast is not None or fake is None else fake.dtype
 
     def planned(self) -> Operand:
         """The operand without its factor."""
-        return self.node if self.dims == tuple(range(len(self.dims))) else plan("permute", self.node, *self.dims)
+        straight = self.dims == tuple(range(len(self.dims)))
+        operand = self.node if straight else plan("permute", self.node, *self.dims)
+        return operand if self.cast is None else plan("to", operand, self.cast)
 
 
-def trace_operand(node: fx.Node, dims: Sequence[int], scaled: bool) -> list[Origin]:
-    """All origins of `node.permute(dims)`, the nearest first. Scales are passed only if `scaled`."""
-    origins = [Origin(node, tuple(dims), 1.0, ())]
+def trace_operand(node: fx.Node, dims: Sequence[int], product: fx.Node, scaled: bool) -> list[Origin]:
+    """All origins of `node.permute(dims)`, the nearest first. Scales are passed only if `scaled`.
+
+    Args:
+        product: the matrix product whose operand `node` is. If its dtype is another one, autocast casts.
+    """
+    nearest = Origin(node, tuple(dims), 1.0, ())
+    result = fake_tensor(product)
+    cast = [] if result is None or result.dtype == nearest.dtype else [nearest._replace(cast=result.dtype)]
+    return [*cast, *_origins(nearest, scaled)]
+
+
+def _origins(nearest: Origin, scaled: bool) -> list[Origin]:
+    """That one and those that it comes from."""
+    origins = [nearest]
     while True:
-        current, order, factor, passed = origins[-1]
+        current, order, factor, passed, _ = origins[-1]
         source: Any = None
         if (permutation := permutation_of(current)) is not None:
             source = current.args[0]
@@ -61,7 +77,7 @@ def trace_operand(node: fx.Node, dims: Sequence[int], scaled: bool) -> list[Orig
 def choose_origin(origins: Sequence[Origin], dtype: torch.dtype) -> Origin | None:
     """The farthest origin of that dtype, better one that needs no permutation; None if there is none."""
     fitting = [origin for origin in origins if origin.dtype == dtype]
-    straight = [origin for origin in fitting if isinstance(origin.planned(), fx.Node)]
+    straight = [origin for origin in fitting if origin.dims == tuple(range(len(origin.dims)))]
     best = straight or fitting
     return best[-1] if best else None
 

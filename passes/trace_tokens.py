@@ -11,46 +11,48 @@ import torch
 from torch import fx
 
 from .attention_site import AttentionSite
-from .graph_inputs import fake_tensor, storages
+from .graph_inputs import fake_tensor
+from .join_padded import join_padded
 from .move_tokens import (
     SPLITS,
     argument,
-    expand_index,
     function_name,
-    gathers,
     keep_tokens,
     moved_tokens,
     moves_tokens,
     restored_tokens,
-    slice_bounds,
     slice_tokens,
     split_part,
 )
-from .planned_nodes import Operand, PlannedNode, plan
+from .planned_nodes import Operand, PlannedNode
 from .pointwise_steps import same_shape, writes
 from .token_roles import (
     Joint,
     Lost,
     Role,
-    Segment,
     Tokens,
-    cut,
     dominant,
     join,
     same_tokens,
-    size_of,
 )
 from .trace_product import as_product
 from .trace_projections import is_product
+from .write_tokens import WrittenTokens
 
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
-_SCATTERS = {"index_copy_", "index_add_", "index_put_", "scatter_", "scatter_add_", "masked_scatter_", "put_"}
-_REPLACES = {"copy_", *_SCATTERS}
-"""What is written by these does not mix with what was there."""
-_CATS = {"cat", "concat", "concatenate"}
+_CATS: dict[str, int | None] = {
+    "cat": None, "concat": None, "concatenate": None, "vstack": 0, "row_stack": 0, "hstack": 1, "column_stack": 1,
+    "dstack": 2,
+}  # fmt: skip
+"""What puts tensors of three or more dimensions one after another, and along which; None: an argument says it."""
+_MERGES = {
+    "where", "slice_scatter", "select_scatter", "diagonal_scatter", "scatter", "scatter_add", "scatter_reduce",
+    "index_copy", "index_add", "index_put", "index_reduce", "masked_scatter", "put",
+}  # fmt: skip
+"""What takes some elements from one tensor and some from another: where, cannot be told."""
 
 
-class TokenTrace:
+class TokenTrace(WrittenTokens):
     """What is known about the tokens of each tensor of one graph, and of nodes planned for it."""
 
     def __init__(self, graph: fx.Graph, sites: Sequence[AttentionSite], inputs: Mapping[fx.Node, Role]) -> None:
@@ -88,10 +90,16 @@ class TokenTrace:
         if out is None or out.dtype == torch.bool or name in _FRESH:
             return None
         if name in (*_CATS, "stack") and isinstance(argument(node, 0, "tensors", None), list | tuple):
-            return self._stack(node) if name == "stack" else self._concatenate(node)
+            return self._stack(node) if name == "stack" else self._concatenate(node, out.dim())
+        if name in _MERGES:
+            return self._merge(node)
         source: Any = node.args[0] if node.args else None
         if name == "getitem" and fake_tensor(source) is None:
             return self._part(node, *node.args)
+        if (padded := join_padded(node)) is not None:
+            return self._joined(node, *padded)
+        if name == "embedding" and isinstance(self[argument(node, 1, "weight", None)], Joint):
+            return Lost(node)
         tokens = self[source]
         if isinstance(tokens, Joint) and moves_tokens(node):
             return moved_tokens(tokens, source, node)
@@ -111,10 +119,23 @@ class TokenTrace:
         roles = [tokens for _, tokens in values if isinstance(tokens, Role)]
         return dominant(roles) if roles else next((tokens for _, tokens in values), None)
 
+    def _joined(self, node: Operand, parts: Sequence[Operand], dim: int) -> Tokens:
+        """Tensors one after another along one dimension."""
+        segments = [self._segments(part, dim) for part in parts]
+        known = [segment for part in segments if part is not None for segment in part]
+        return join(dim, known, node) if None not in segments else Lost(node)
+
+    def _merge(self, node: Operand) -> Tokens:
+        """Elements of several tensors: known as long as all that have tokens hold the same single kind."""
+        values = {tokens for x in node.all_input_nodes if (tokens := self[x]) is not None}
+        only = values.pop() if len(values) == 1 else None
+        return only if not values and (only is None or isinstance(only, Role)) else Lost(node)
+
     def _product(self, node: Operand) -> Tokens:
         """A product keeps the tokens of its first operand, unless it sums over them."""
         product = as_product(node)
         if product is not None:
+            mixed = False
             for operand, labels in ((product.left, product.left_labels), (product.right, product.right_labels)):
                 tokens = self[operand]
                 if not isinstance(tokens, Joint):
@@ -122,16 +143,24 @@ class TokenTrace:
                         return tokens
                 elif labels[tokens.dim] in product.labels:
                     return replace(tokens, dim=product.labels.index(labels[tokens.dim]))
+                else:
+                    mixed = True
+            if mixed:
+                return Lost(node)
         source = next((x for x in node.all_input_nodes if self[x] is not None), None)
         tokens, value = self[source], fake_tensor(source)
         if isinstance(tokens, Joint) and value is not None:
+            if function_name(node) == "matmul" and source is not node.args[0] and tokens.dim == value.dim() - 2:
+                return Lost(node)
             channels = 1 if "conv" in function_name(node) else value.dim() - 1
             if tokens.dim == channels:
                 return dominant(tokens.roles)
         return self._combine(node, node.all_input_nodes)
 
-    def _concatenate(self, node: Operand) -> Tokens:
+    def _concatenate(self, node: Operand, rank: int) -> Tokens:
         parts, dim = _concatenated(node)
+        if any(getattr(fake_tensor(part), "ndim", rank) != rank for part in parts) or dim >= rank:
+            return self._combine(node, node.all_input_nodes)  # vectors, stacked
         values = [self[part] for part in parts]
         lost = next((tokens for tokens in values if isinstance(tokens, Lost)), None)
         if lost is not None:
@@ -139,9 +168,7 @@ class TokenTrace:
         across = [tokens for tokens in values if isinstance(tokens, Joint) and tokens.dim != dim]
         if across:
             return across[0] if _agree(values, across[0]) else Lost(node)
-        segments = [self._segments(part, dim) for part in parts]
-        known = [segment for part in segments if part is not None for segment in part]
-        return join(dim, known, node) if None not in segments else Lost(node)
+        return self._joined(node, parts, dim)
 
     def _stack(self, node: Operand) -> Tokens:
         parts, dim = _concatenated(node)
@@ -169,82 +196,14 @@ class TokenTrace:
         _, start, end = split_part(node, parent, index, dim)
         return slice_tokens(tokens, start, end, node)
 
-    def _write(self, node: fx.Node, target: Any, index: Any, value: Any) -> None:
-        """`target[index] = value`."""
-        old, new, shape = self[target], self[value], fake_tensor(target)
-        if new is None or isinstance(old, Lost) or shape is None:
-            return
-        items = expand_index(index, shape)
-        if gathers(items):
-            self._mix(node, target, new)
-        elif not same_tokens(self[plan(operator.getitem, target, index)], new):
-            self._tokens[target] = self._overwritten(node, target, items, new)
-
-    def _write_in_place(self, node: fx.Node) -> None:
-        """`target.copy_(value)` and the like: `node` is the target from then on."""
-        target: Any = node.args[0] if node.args else None
-        replaces = function_name(node) in _REPLACES
-        others = [x for x in node.all_input_nodes if x is not target and self[x] is not None] if replaces else [node]
-        if fake_tensor(target) is None or not others or same_tokens(self[target], self[others[0]]):
-            return
-        value, source = others[0], self._viewed(target)
-        if function_name(node) in _SCATTERS:
-            self._mix(node, target, self[value])
-        elif target.target is operator.getitem and source is not None:
-            self._write(node, source, target.args[1], value)
-        else:
-            self._tokens[target] = self[value]
-            while source is not None:
-                self._mix(node, source, self[value])
-                source = self._viewed(source)
-
-    @staticmethod
-    def _viewed(view: Operand) -> Operand | None:
-        """What a tensor is a view of."""
-        source = view.args[0] if view.args else None
-        if not isinstance(source, fx.Node) or fake_tensor(source) is None or storages(source) != storages(view):
-            return None
-        return source
-
-    def _mix(self, node: fx.Node, target: Operand, new: Tokens) -> None:
-        """Tokens are written to places of `target` that cannot be told."""
-        self._tokens[target] = new if self[target] in (None, new) and isinstance(new, Role) else Lost(node)
-
-    def _overwritten(self, node: fx.Node, target: Operand, items: Sequence[Any], new: Tokens) -> Tokens:
-        shape = fake_tensor(target)
-        assert shape is not None
-        partial = [dim for dim, item in enumerate(items) if item is None or not _is_whole(item, shape.shape[dim])]
-        if not partial:
-            return new
-        dim = partial[0]
-        total, segments = size_of(target, dim), self._segments(target, dim)
-        bounds = slice_bounds(items[dim], total)
-        if len(partial) > 1 or bounds is None or segments is None or not isinstance(new, Role):
-            return Lost(node)
-        start, end = bounds
-        pieces = [cut(segments, 0, start), cut([Segment(new, total)], start, end), cut(segments, end, total)]
-        known = [segment for piece in pieces if piece is not None for segment in piece]
-        return join(dim, known, node) if None not in pieces else Lost(node)
-
-    def _segments(self, operand: Operand, dim: int) -> Sequence[Segment] | None:
-        """The tensor as segments along `dim`; None if its tokens do not lie along it or are unknown."""
-        tokens = self[operand]
-        if isinstance(tokens, Joint):
-            return tokens.segments if tokens.dim == dim else None
-        return None if isinstance(tokens, Lost) else (Segment(tokens, size_of(operand, dim)),)
-
 
 def _concatenated(node: Operand) -> tuple[Sequence[Operand], int]:
     """Operands of a `cat` or `stack`, and the dimension of the result along which they lie."""
     out = fake_tensor(node)
     assert out is not None
     parts = argument(node, 0, "tensors", ())
-    return parts, argument(node, 1, "dim", node.kwargs.get("axis", 0)) % out.dim()
-
-
-def _is_whole(item: Any, size: int | torch.SymInt) -> bool:
-    """Whether one item of an index takes all there is in its dimension."""
-    return item == slice(None) or (item == 0 and size == 1)
+    along = _CATS.get(function_name(node))
+    return parts, along if along is not None else argument(node, 1, "dim", node.kwargs.get("axis", 0)) % out.dim()
 
 
 def _agree(values: Iterable[Tokens], first: Tokens) -> bool:

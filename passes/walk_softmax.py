@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass, field
 from typing import Any
@@ -12,13 +13,15 @@ from torch import fx
 from ..decisions import Reason
 from .attention_site import Declined
 from .graph_inputs import fake_tensor
-from .planned_nodes import Operand, PlannedNode, plan
+from .planned_nodes import Operand, plan
 from .pointwise_steps import (
+    Hiding,
     addition_of,
     batch_view_of,
+    bias_that_hides,
     cast_of,
     dropout_of,
-    hiding_bias,
+    hiding_of,
     is_number,
     is_zero,
     masking_of,
@@ -45,7 +48,7 @@ class Scores:
     viewed: bool
     declined: Declined | None
     mask: Operand | None
-    """What else was added to the scaled scores."""
+    """What else was added to the scores, scaled like them."""
 
 
 @dataclass
@@ -70,7 +73,8 @@ class _Walk:
     terms: list[fx.Node] = field(default_factory=list)
     viewed: bool = False
     declined: Declined | None = None
-    mask: Operand | None = None
+    masks: list[Operand | Hiding] = field(default_factory=list)
+    """The last first: what is added, in the scale of the softmax's argument, and what is put in place of scores."""
 
     def decline(self, reason: Reason, detail: str) -> None:
         self.declined = self.declined or Declined(reason, detail)
@@ -82,17 +86,42 @@ class _Walk:
         if fake is not None and any(size != 1 for size in fake.shape):
             self.decline(Reason.VARIANT, f"{node.name} multiplies the scores by a tensor")
 
-    def add(self, term: Any, node: fx.Node) -> None:
-        if not is_zero(term):
-            self.hide(term, node)
-        elif isinstance(term, fx.Node) and term.target in _FACTORIES:
-            self.terms.append(term)
-
-    def hide(self, mask: Any, node: fx.Node) -> None:
-        if not isinstance(mask, fx.Node | PlannedNode) or not (is_number(self.scale) and self.scale == 1):
+    def add(self, term: Any, node: fx.Node, factor: Any = 1.0) -> None:
+        """`node` adds `factor * term`."""
+        if is_zero(term):
+            if isinstance(term, fx.Node) and term.target in _FACTORIES:
+                self.terms.append(term)
+            return
+        fake = fake_tensor(term)
+        if fake is None or fake.dtype is torch.bool or not is_number(self.scale) or not is_number(factor):
             self.decline(Reason.MASK, f"{node.name} adds to the scores")
+            return
+        factor *= self.scale
+        self.masks.append(term if factor == 1 else plan(operator.mul, plan("to", term, torch.float32), factor))
+
+    def hide(self, node: fx.Node, scores: fx.Node) -> None:
+        """`node` puts something in place of some scores."""
+        hiding = hiding_of(node, scores, self.scale)
+        if hiding is None:
+            self.decline(Reason.MASK, f"{node.name} masks the scores")
         else:
-            self.mask = mask if self.mask is None else plan(operator.add, self.mask, mask)
+            self.masks.append(hiding)
+
+    def bias(self) -> Operand | None:
+        """All that masks the scores, as what would be added to them."""
+        bias: Operand | None = None
+        finite: set[float] = set()
+        for mask in reversed(self.masks):
+            if isinstance(mask, Hiding):
+                finite |= {mask.filler} - {-math.inf}
+                bias = bias_that_hides(mask.where, mask.filler, bias)
+            elif finite:
+                self.decline(Reason.MASK, "something is added to what takes the place of scores")
+            else:
+                bias = mask if bias is None else plan(operator.add, bias, mask)
+        if len(finite) > 1:
+            self.decline(Reason.MASK, "scores are hidden by different numbers")
+        return bias
 
 
 def walk_up(softmax: fx.Node) -> Scores | None:
@@ -107,14 +136,13 @@ def walk_up(softmax: fx.Node) -> Scores | None:
         walk.passed.append(current)
         product = as_product(current)
         if product is not None:
-            walk.multiply(symbol_or_self(product.alpha), current)
-            if product.added is not None and not is_zero(product.added):
-                walk.decline(Reason.MASK, f"{current.name} adds to the scores")
-            elif product.added is not None:
-                walk.add(product.added, current)
+            if product.added is not None:
+                walk.add(product.added, current, product.beta)
             elif current.args[0] is not product.left and isinstance(current.args[0], fx.Node):
                 walk.terms += [current.args[0]] if current.args[0].target in _FACTORIES else []
-            return Scores(product, walk.scale, walk.passed, walk.terms, walk.viewed, walk.declined, walk.mask)
+            walk.multiply(symbol_or_self(product.alpha), current)
+            bias = walk.bias()
+            return Scores(product, walk.scale, walk.passed, walk.terms, walk.viewed, walk.declined, bias)
         current = _step_up(current, walk)
     return None
 
@@ -137,11 +165,7 @@ def _step_up(node: fx.Node, walk: _Walk) -> fx.Node | None:
             source, other = other, source
         walk.add(other, node)
     elif (source := masking_of(node)) is not None:
-        bias = hiding_bias(node, source)
-        if bias is None:
-            walk.decline(Reason.MASK, f"{node.name} masks the scores")
-        else:
-            walk.hide(bias, node)
+        walk.hide(node, source)
     else:
         source = next((x for x in node.all_input_nodes if same_shape(x, node)), None)
         walk.decline(Reason.VARIANT, f"{node.name} changes the scores")

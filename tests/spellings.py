@@ -90,6 +90,7 @@ HAND_WRITTEN: dict[str, Attend] = {
     "aten_softmax": lambda q, k, v: torch.ops.aten._softmax(q @ k.mT * 0.25, -1, False) @ v,
     "dropout_off": lambda q, k, v: F.dropout((q @ k.mT * 0.25).softmax(-1), 0.1, training=False) @ v,
     "dropout_zero": lambda q, k, v: torch.dropout((q @ k.mT * 0.25).softmax(-1), 0.0, True) @ v,
+    "dropout_by_keyword": lambda q, k, v: torch.dropout((q @ k.mT * 0.25).softmax(-1), p=0.1, train=False) @ v,
     "timm": timm_attention,
     "zero_mask": zero_mask,
     "zero_mask_viewed": lambda q, k, v: (
@@ -223,6 +224,9 @@ LOOK_ALIKES: dict[str, tuple[Attend, Reason | None]] = {
         lambda q, k, v: ((q @ k.mT) + torch.arange(k.shape[-2], device=q.device)).softmax(-1) @ v, Reason.MASK,
     ),
     "dropout": (lambda q, k, v: F.dropout((q @ k.mT * 0.25).softmax(-1), 0.1) @ v, Reason.DROPOUT),
+    "dropout_by_keyword": (
+        lambda q, k, v: torch.dropout((q @ k.mT * 0.25).softmax(-1), p=0.1, train=True) @ v, Reason.DROPOUT,
+    ),
     "tensor_scale": (lambda q, k, v: (q @ k.mT * v.mean()).softmax(-1) @ v, Reason.SCALE),
     "scale_per_head": (lambda q, k, v: (q @ k.mT * v.mean((0, 2, 3))[:, None, None]).softmax(-1) @ v, Reason.VARIANT),
     "maximum_subtracted": (

@@ -29,6 +29,18 @@ def written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT * 0.25).softmax(-1) @ v
 
 
+def normed_and_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k = (x.float() / x.float().norm(dim=-1, keepdim=True) * 4.0 for x in (q, k))
+    return written(q, k * 0.5, v)
+
+
+def folded_and_written(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Everything is float32 until it is multiplied."""
+    folded = (x.float().flatten(0, 1) for x in (q, k, v))
+    weights = torch.einsum("nid,njd->nij", next(folded), 0.25 * next(folded)).softmax(-1)
+    return torch.bmm(weights, next(folded)).view(q.shape)
+
+
 def padded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.arange(k.shape[2], device=k.device) < 50
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[None, None, None])
@@ -55,7 +67,9 @@ def _fresh() -> Iterator[None]:
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("inside", [False, True], ids=["around", "inside"])
-@pytest.mark.parametrize("attend", [F.scaled_dot_product_attention, normed, written, padded])
+@pytest.mark.parametrize(
+    "attend", [F.scaled_dot_product_attention, normed, written, normed_and_written, folded_and_written, padded]
+)
 def test_result_is_as_good_as_the_dense_one(attend: Attend, inside: bool, dtype: torch.dtype, inner: str) -> None:
     torch.manual_seed(0)
     exact_model = Denoiser(attend).eval()

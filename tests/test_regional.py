@@ -5,12 +5,15 @@ from __future__ import annotations
 import copy
 import gc
 import io
+import math
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from models import DEVICE, OPTIONS, TOLERANCE, denoise, noise, prompt, tiny_wan
+from graphs import DIM, Attention
+from models import DEVICE, DTYPE, OPTIONS, TOLERANCE, denoise, noise, prompt, timesteps, tiny_wan
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
@@ -321,6 +324,42 @@ def test_a_block_that_is_given_an_embedded_timestep_keeps_no_clock() -> None:
         Model()(torch.randn(1, 256, 64).to(noise(0)), torch.tensor([1000.0], device=DEVICE))
     (site,) = lite_compile.report().sites
     assert site.reason is lite_compile.Reason.NO_CLOCK
+
+
+class Masked(nn.Module):
+    """Compiles its attention by itself and gives it a mask over keys, bool `[1, 1, 1, S]`, made from the timestep."""
+
+    def __init__(self, mask: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.attn, self.mask = Attention(), mask
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor) -> Tensor:
+        return self.block(hidden_states, self.mask(timestep))
+
+    def block(self, x: Tensor, mask: Tensor) -> Tensor:
+        self.attn.attend = lambda q, k, v: nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        return x + self.attn(x)
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_a_mask_that_a_block_is_given_has_to_stay_as_it_is(changes: bool) -> None:
+    quarters = torch.arange(512, device=DEVICE) // 128
+
+    def mask(timestep: Tensor) -> Tensor:
+        return (quarters != (timestep // 100 % 4 if changes else 3))[None, None, None]
+
+    model, dense = (Masked(mask).to(DEVICE, DTYPE).eval() for _ in range(2))
+    options = {**OPTIONS, "threshold": -math.inf}
+    model.block = torch.compile(model.block, backend="liteattention", fullgraph=True, options=options)
+    latents = torch.randn(1, 512, DIM, generator=torch.Generator().manual_seed(0)).to(DEVICE, DTYPE)
+    with torch.no_grad():
+        for t in timesteps(10):
+            assert distance(model(latents * (1 + t / 5000), t), dense(latents * (1 + t / 5000), t)) < TOLERANCE
+    assert [site.rewritten for site in lite_compile.report()] == [True]
+    (stream,) = lite_compile.stats(model).streams
+    assert stream.steps == 10
+    assert stream.density == 0.75  # every fourth step, the mask is that of the first one again
 
 
 class Conditioned(nn.Module):

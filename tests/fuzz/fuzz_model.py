@@ -159,11 +159,13 @@ class Attention(nn.Module):
             scores = scores.mul_(0.75)
         if plan.written == "scores_by_statement":
             scores.mul_(0.75)
+        if mask is not None and plan.mask_first:
+            scores = self.hide(scores, mask)
         if plan.product != "baddbmm":  # which scales
             scores = self.scaled(scores, "scores")
         if plan.upcast == "scores":
             scores = scores.to(self.wide)
-        if mask is not None:
+        if mask is not None and not plan.mask_first:
             scores = self.hide(scores, mask)
         weights = scores.softmax(-1, dtype=self.wide) if plan.upcast == "argument" else F.softmax(scores, dim=-1)
         weights = weights.to(v.dtype)

@@ -50,6 +50,8 @@ class Plan:
     """One of `OVER_KEYS`; filled (in place); rows, heads, causal; is_causal (the argument)."""
     mask_kind: str = "bool"
     """bool (`masked_fill` where hand-written), where, large (-1e4 is added), infinite (-inf is added)."""
+    mask_first: bool = False
+    """Whether hand-written attention masks the scores before it scales them."""
     dropout: float = 0.0
     training: bool = False
     used: str = "nothing"
@@ -147,6 +149,7 @@ def plans(draw: st.DrawFn, products: tuple[str, ...] = (*SDPA, *WRITTEN), **fixe
         "upcast": draw(_mostly("nothing", *upcasts)),
         "mask": draw(_mostly(*masks)),
         "mask_kind": draw(st.sampled_from(["bool", "large", "infinite", *(["where"] if hand_written else [])])),
+        "mask_first": hand_written and draw(st.booleans()),
         "dropout": draw(_mostly(0.0, 0.2)),
         "training": draw(_mostly(False, True)),
         "used": draw(_mostly("nothing", *used)),

@@ -64,6 +64,22 @@ def text_last(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(torch.cat((video, text), 1))[:, : -text.shape[1]]
 
 
+def stacked_horizontally(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(torch.hstack([video, text]))
+
+
+def stacked_vertically(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(torch.vstack([text.transpose(0, 1), video.transpose(0, 1)]).transpose(0, 1))
+
+
+def padded_and_added(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(F.pad(video, (0, 0, 0, text.shape[1])) + F.pad(text, (0, 0, video.shape[1], 0)))
+
+
+def padded_channels(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(F.pad(torch.cat([text, video], 1)[..., :30], (1, 1)))
+
+
 def text_on_both_sides(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(torch.cat((text, video, 2 * text), 1)).narrow(1, text.shape[1], video.shape[1])
 
@@ -222,6 +238,10 @@ LAYOUTS: dict[Layout, list[list[tuple[int, int]]]] = {
     cat_before_projection: [FIRST],
     cat_and_split: [FIRST],
     text_last: [LAST],
+    stacked_horizontally: [LAST],
+    stacked_vertically: [FIRST],
+    padded_and_added: [LAST],
+    padded_channels: [FIRST],
     text_on_both_sides: [[(0, TEXT), (TEXT + VIDEO, 2 * TEXT + VIDEO)]],
     cat_before_rope: [FIRST],
     cat_after_rope: [FIRST],
@@ -375,6 +395,34 @@ def keys_in_another_order(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, k)
 
 
+def joint(moved: Callable[[Tensor], Tensor]) -> Layout:
+    return lambda m, video, text: m.attn(moved(torch.cat([text, video], 1)))
+
+
+def copied_into_parts(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    whole = video.new_zeros(video.shape[0], TEXT + VIDEO, DIM)
+    first, last = whole.split([TEXT, VIDEO], dim=1)
+    first.copy_(text)
+    last.copy_(video)
+    return m.attn(whole)
+
+
+def written_through_a_view(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    whole = video.new_zeros(video.shape[0], TEXT + VIDEO, DIM)
+    whole.mT[..., :TEXT] = text.mT
+    whole.mT[..., TEXT:] = video.mT
+    return m.attn(whole)
+
+
+def chosen(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    padded = F.pad(text, (0, 0, 0, VIDEO - TEXT))
+    return m.attn(torch.where((torch.arange(VIDEO) < TEXT)[:, None], padded, video))
+
+
+def scattered_slice(m: Joint, video: Tensor, text: Tensor) -> Tensor:
+    return m.attn(torch.slice_scatter(video, text, 1, VIDEO - TEXT, VIDEO))
+
+
 def text_in_five_places(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     return m.attn(torch.cat([part for piece in text[:, :5].split(1, 1) for part in (piece, video)], 1))
 
@@ -384,6 +432,19 @@ def text_in_five_places(m: Joint, video: Tensor, text: Tensor) -> Tensor:
     [
         (shuffled, "getitem"),
         (picked_samples, "getitem"),
+        (joint(torch.fliplr), "fliplr"),
+        (joint(lambda x: torch.flipud(x.transpose(0, 1)).transpose(0, 1)), "flipud"),
+        (joint(lambda x: torch.channel_shuffle(x, 2)), "channel_shuffle"),
+        (joint(lambda x: x.as_strided(x.shape, (DIM, 2 * DIM, 1))), "as_strided"),
+        (joint(lambda x: F.pad(x, (0, 0, -5, 5))), "pad"),
+        (joint(lambda x: F.embedding(torch.arange(TEXT + VIDEO - 1, -1, -1), x[0])[None]), "embedding"),
+        (joint(lambda x: x.index_put((torch.arange(2)[:, None], torch.arange(TEXT + VIDEO).flip(0)), x)), "index_put"),
+        (joint(lambda x: torch.eye(TEXT + VIDEO).flip(0) @ x), "matmul"),
+        (joint(lambda x: torch.einsum("ij,bjc->bic", torch.eye(TEXT + VIDEO).flip(0), x)), "einsum"),
+        (copied_into_parts, "copy_"),
+        (written_through_a_view, "setitem"),
+        (chosen, "where"),
+        (scattered_slice, "slice_scatter"),
         (keys_in_another_order, "q and k"),
         (text_in_five_places, "5 places"),
     ],

@@ -89,6 +89,34 @@ HONOURED: dict[str, Attend] = {
     "written_where": written(lambda scores, mask: torch.where(keys(mask), scores, -1e4)),
     "written_where_not": written(lambda scores, mask: torch.where(~keys(mask), -1e9, scores)),
     "written_where_method": written(lambda scores, mask: scores.where(keys(mask), -math.inf)),
+    "written_sum_before_the_scale": lambda q, k, v, mask: (
+        (q @ k.mT + keys(additive(mask, -4.0))) / 4 + keys(additive(mask, -0.5))
+    ).softmax(-1) @ v,
+    "written_fill_before_the_scale": lambda q, k, v, mask: (
+        (q @ k.mT).masked_fill(~keys(mask), -1e9) * 0.25
+    ).softmax(-1) @ v,
+    "baddbmm": lambda q, k, v, mask: (
+        (torch.baddbmm(mask[1].float(), q.flatten(0, 1), k.flatten(0, 1).mT, beta=3, alpha=0.5) * 0.5).softmax(-1)
+        @ v.flatten(0, 1)
+    ).view(q.shape),
+    "repeated_for_folded_heads": lambda q, k, v, mask: (
+        torch.baddbmm(additive(mask[1:, None]).repeat_interleave(HEADS, dim=0), q[0], k[0].mT, alpha=0.25).softmax(-1)
+        @ v[0]
+    ).expand(q.shape),
+    "nothing_is_visible": sdpa(lambda mask: torch.zeros(BATCH, 1, 1, TOKENS, dtype=torch.bool)),
+    "nothing_is_visible_of_one": written(lambda scores, mask: scores.masked_fill(~keys(mask & (len(mask) > 2)), -1e9)),
+    "filled_twice": written(
+        lambda scores, mask: scores.masked_fill(~keys(mask), -1e9).masked_fill(keys(mask), -1e9)
+    ),
+    "filled_with_less_last": written(
+        lambda scores, mask: scores.masked_fill(~keys(mask), -math.inf).masked_fill(keys(mask), -1e9)
+    ),
+    "filled_with_less_first": written(
+        lambda scores, mask: scores.masked_fill(keys(mask), -1e9).masked_fill(keys(lengths(9, 9)), -math.inf)
+    ),
+    "filled_over_a_sum": written(
+        lambda scores, mask: (scores + keys(additive(mask, -1e30))).masked_fill(keys(mask.new_ones(mask.shape)), -1e9)
+    ),
     "written_twice": written(lambda scores, mask: (scores + keys(additive(mask, -2.0))).masked_fill(~keys(mask), -1e9)),
 }  # fmt: skip
 DECLINED: dict[str, tuple[Attend, str]] = {
@@ -105,8 +133,24 @@ DECLINED: dict[str, tuple[Attend, str]] = {
     "fill_that_hides_nothing": (
         written(lambda scores, mask: scores.masked_fill(~keys(mask), -5.0)), "masked_fill masks the scores",
     ),
-    "sum_before_the_scale": (
-        lambda q, k, v, mask: ((q @ k.mT + keys(additive(mask, -4.0))) * 0.25).softmax(-1) @ v, "adds to the scores",
+    "fill_that_hides_nothing_once_scaled": (
+        lambda q, k, v, mask: ((q @ k.mT).masked_fill(~keys(mask), -1e4) * 0.001).softmax(-1) @ v, "masks the scores",
+    ),
+    "fill_that_is_turned_around": (
+        lambda q, k, v, mask: ((q @ k.mT).masked_fill(~keys(mask), -1e9) * -0.25).softmax(-1) @ v, "masks the scores",
+    ),
+    "sum_before_a_scale_that_is_computed": (
+        lambda q, k, v, mask: ((q @ k.mT + keys(additive(mask, -4.0))) * v.mean()).softmax(-1) @ v,
+        "adds to the scores",
+    ),
+    "sum_of_bools": (written(lambda scores, mask: scores + keys(mask)), "adds to the scores"),
+    "filled_with_different_numbers": (
+        written(lambda scores, mask: scores.masked_fill(~keys(mask), -1e9).masked_fill(keys(mask), -1e4)),
+        "different numbers",
+    ),
+    "sum_with_what_was_filled": (
+        written(lambda scores, mask: scores.masked_fill(~keys(mask), -1e9) + keys(additive(mask, 1e9))),
+        "takes the place of scores",
     ),
     "heads_after_rows": (
         lambda q, k, v, mask: torch.einsum(

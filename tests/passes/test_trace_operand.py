@@ -37,7 +37,8 @@ SWAPPED: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", SWAPPED)
 def test_transpositions(name: str) -> None:
-    origin = trace_operand(output(SWAPPED[name]), (0, 1, 3, 2), scaled=True)[-1]
+    node = output(SWAPPED[name])
+    origin = trace_operand(node, (0, 1, 3, 2), node, scaled=True)[-1]
     assert origin.node.op == "placeholder"
     assert origin.planned() is origin.node
     assert origin.factor == 1.0
@@ -45,10 +46,10 @@ def test_transpositions(name: str) -> None:
 
 def test_scales_and_upcasts() -> None:
     node = output(lambda x: 0.5 * (x.float() * 4 / 8).mT, X.bfloat16())
-    origins = trace_operand(node, (0, 1, 3, 2), scaled=True)
+    origins = trace_operand(node, (0, 1, 3, 2), node, scaled=True)
     assert (origins[-1].node.op, origins[-1].factor) == ("placeholder", 0.25)
     assert len(origins[-1].passed) == 5
-    assert trace_operand(node, (0, 1, 3, 2), scaled=False) == origins[:1]
+    assert trace_operand(node, (0, 1, 3, 2), node, scaled=False) == origins[:1]
     chosen = [choose_origin(origins, dtype) for dtype in (torch.bfloat16, torch.float32, torch.float16)]
     assert [chosen[0] is origins[-1], chosen[2]] == [True, None]
     assert chosen[1] is not None
@@ -69,16 +70,27 @@ def test_scales_and_upcasts() -> None:
 )
 def test_where_it_stops(function: Callable[[Tensor], Tensor]) -> None:
     node = output(function)
-    origins = trace_operand(node, range(4), scaled=True)
+    origins = trace_operand(node, range(4), node, scaled=True)
     assert [origin.node for origin in origins] == [node]
 
 
 def test_an_origin_that_needs_a_permutation_plans_it() -> None:
     node = output(lambda x: x.permute(2, 0, 1, 3) * 2.0)
-    origins = trace_operand(node, (1, 2, 0, 3), scaled=True)
+    origins = trace_operand(node, (1, 2, 0, 3), node, scaled=True)
     assert [origin.dims for origin in origins] == [(1, 2, 0, 3), (1, 2, 0, 3), (0, 1, 2, 3)]
     planned = origins[0].planned()
     value = fake_tensor(planned)
     assert value is not None
     assert value.shape == X.shape
     assert choose_origin(origins, torch.float32) is origins[-1]
+
+
+def test_what_autocast_casts_comes_first() -> None:
+    node = output(lambda x: x.mT.contiguous())
+    product = output(lambda x: x.half())
+    cast, *others = trace_operand(node, range(4), product, scaled=True)
+    assert others == trace_operand(node, range(4), node, scaled=True)
+    assert choose_origin([cast, *others], torch.float16) is cast
+    value = fake_tensor(cast.planned())
+    assert value is not None
+    assert (value.dtype, value.shape) == (torch.float16, fake_tensor(node).shape)  # type: ignore[union-attr]
