@@ -25,7 +25,7 @@ def banded(rows: tuple[int, ...], k_tiles: int, skipped: float) -> Tensor:
     diagonal = torch.arange(rows[-1], device="cuda")[:, None] * k_tiles // rows[-1]
     distance = (torch.arange(k_tiles, device="cuda") - diagonal).abs()
     distance = torch.minimum(distance, k_tiles - distance)
-    order = distance.argsort(-1, stable=True).argsort(-1)
+    order = distance.argsort(stable=True, dim=-1).argsort(-1)
     return (order >= k_tiles - min(round(skipped * k_tiles), k_tiles - 1)).expand(*rows, k_tiles)
 
 
