@@ -94,7 +94,7 @@ class Problem:
     def flex(self, mask: Tensor) -> Callable[[], Tensor]:
         """FlexAttention over the blocks that `mask` keeps."""
         kept = (~mask).int()
-        number, index = kept.sum(-1, dtype=torch.int32), kept.argsort(-1, descending=True, stable=True).int()
+        number, index = kept.sum(-1, dtype=torch.int32), kept.argsort(dim=-1, descending=True, stable=True).int()
         none = torch.zeros_like(number), torch.zeros_like(index)
         lengths = (self.shape[2], self.shape[2])
         blocks = BlockMask.from_kv_blocks(*none, number, index, BLOCK_SIZE=tuple(FLEX_TILE), seq_lengths=lengths)
