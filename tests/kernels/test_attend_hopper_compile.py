@@ -13,7 +13,7 @@ from test_attend_triton_compile import Build, resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from lite_compile.kernels import attend_hopper, visit_lists  # noqa: E402
+from lite_compile.kernels import attend_hopper, tma_blocks, visit_lists  # noqa: E402
 from lite_compile.kernels.select_kernel import hopper_obstacle  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -26,7 +26,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     qk = dtype if qk is None else qk
 
     def block(kind: torch.dtype, rows: int) -> str:
-        shape, layout = attend_hopper.block_layout(kind, rows, head_dim)
+        shape, layout = tma_blocks.block_layout(kind, rows, head_dim)
         return f"tensordesc<{ELEMENTS[kind]}[{','.join(map(str, shape))}],{layout!r}>"
 
     kernel = attend_hopper._attend_kernel
@@ -103,9 +103,9 @@ ROWS = torch.arange(2 * 70 * 3 * 64).view(2, 70, 3, 64).to(BF16)
     ],
 )  # fmt: skip
 def test_descriptors_are_of_what_tma_can_address(x: torch.Tensor, in_place: bool) -> None:
-    described = attend_hopper._descriptor(x, 64)
+    described = tma_blocks.tma_descriptor(x, 64)
     assert (described.base is x) is in_place
-    assert attend_hopper.is_addressable(described.base)
+    assert tma_blocks.is_addressable(described.base)
     assert all(stride * x.itemsize % 16 == 0 for stride in described.strides[:-1])
     assert torch.equal(described.base, x)
 
