@@ -205,7 +205,12 @@ def test_pipeline_survives_save_pretrained(pipe: WanPipeline, tmp_path: Path) ->
     pipe.save_pretrained(tmp_path)
     again = WanPipeline.from_pretrained(tmp_path)
     again.set_progress_bar_config(disable=True)
-    assert torch.equal(call(pipe, output_type="pt"), call(again, output_type="pt"))
+    for name in ("transformer", "text_encoder", "vae"):
+        ours, theirs = getattr(pipe, name).state_dict(), getattr(again, name).state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+    # Loaded weights lie at other addresses, where some CPUs add up in another order.
+    torch.testing.assert_close(call(pipe, output_type="pt"), call(again, output_type="pt"), rtol=0, atol=1e-5)
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["vae"] == ["diffusers", "AutoencoderKLWan"]
     assert index["transformer"] == ["diffusers", "WanTransformer3DModel"]
