@@ -92,7 +92,7 @@ class Generation:
     def _write(self, clock: Tensor) -> None:
         header = clock_header(self._number, self._stream, self._steps, self._ticket, self._total_steps)
         with torch.inference_mode(False), torch.no_grad():
-            clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32), non_blocking=True)
+            clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32, device="cpu"), non_blocking=True)
 
 
 def _write_word(clock: Tensor, word: int, value: int) -> None:
