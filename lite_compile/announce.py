@@ -70,6 +70,10 @@ class Generation:
             self._told.append(clock)
             _write_word(clock, ANNOUNCED_STEPS, self._total_steps)
 
+    def tell_again(self, ended: Generation) -> None:
+        """Tell the clocks that `ended`, a generation within this one, told another number of steps."""
+        self._told = [clock for clock in self._told if not any(clock is known for known in ended._told)]
+
     def drives(self, clock: Tensor) -> bool:
         """Whether `clock` is kept up to date by this generation."""
         return any(clock is known for known in self._clocks)
@@ -161,4 +165,6 @@ def pop(generation: Generation) -> None:
     """Deactivate and close a generation."""
     with _lock:
         _active.remove(generation)
+        for around in _active:
+            around.tell_again(generation)
     generation.close()

@@ -403,3 +403,15 @@ def test_steps_announced_under_another_default_device() -> None:
                 generation.step()
             run(noise(0, (1, 1024, 64)), cos, sin)
     assert lite_compile.stats(model).density < 1
+
+
+def test_the_number_of_steps_is_known_again_after_a_generation_within_another() -> None:
+    model = tiny_wan()
+    run = compiled(model, threshold=-1.0, dense_steps=(0, 1), history=True)
+    with lite_compile.generation(model, steps=5):
+        denoise(run, noise(0), PROMPTS, 5)
+        with lite_compile.generation(model, steps=3):
+            denoise(run, noise(1), PROMPTS, 3)
+            assert [density is None for density in lite_compile.stats(model).mean_history(0)] == [False, False, True]
+        denoise(run, noise(0), PROMPTS, 5)
+        assert [density is None for density in lite_compile.stats(model).mean_history(0)] == [False] * 4 + [True]
