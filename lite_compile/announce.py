@@ -70,6 +70,10 @@ class Generation:
             self._told.append(clock)
             _write_word(clock, ANNOUNCED_STEPS, self._total_steps)
 
+    def tell_again(self, ended: Generation) -> None:
+        """Tell the clocks that `ended`, a generation within this one, told another number of steps."""
+        self._told = [clock for clock in self._told if not any(clock is known for known in ended._told)]
+
     def drives(self, clock: Tensor) -> bool:
         """Whether `clock` is kept up to date by this generation."""
         return any(clock is known for known in self._clocks)
@@ -92,7 +96,7 @@ class Generation:
     def _write(self, clock: Tensor) -> None:
         header = clock_header(self._number, self._stream, self._steps, self._ticket, self._total_steps)
         with torch.inference_mode(False), torch.no_grad():
-            clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32), non_blocking=True)
+            clock[: len(header)].copy_(torch.tensor(header, dtype=torch.int32, device="cpu"), non_blocking=True)
 
 
 def _write_word(clock: Tensor, word: int, value: int) -> None:
@@ -161,4 +165,6 @@ def pop(generation: Generation) -> None:
     """Deactivate and close a generation."""
     with _lock:
         _active.remove(generation)
+        for around in _active:
+            around.tell_again(generation)
     generation.close()

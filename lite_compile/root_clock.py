@@ -13,7 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -110,7 +110,8 @@ class RootClock:
         """int32 fingerprint of what a block was given, computed once per call for blocks that were given the same."""
         tensors = [value for value in values if isinstance(value, Tensor)]
         key = (*map(id, values), *versions(tensors))
-        if key not in self._identified:
+        # Of tensors made under inference mode nobody knows whether they were written to.
+        if key not in self._identified or any(tensor.is_inference() for tensor in tensors):
             with torch.inference_mode(False), torch.no_grad():
                 fingerprint = identify(list(map(_usable, values)), self.clock.device)
             self._identified[key] = (list(values), fingerprint)  # which keeps the ids from being used again
@@ -121,7 +122,7 @@ class Root:
     """What the hooks on one module keep: its clocks, and the call that is running."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._clocks: dict[tuple[int, int, torch.device, DenseSteps], RootClock] = {}
+        self._clocks: dict[tuple[Hashable, ...], RootClock] = {}
         self._override = latest_override()
         self.call: RootCall | None = None
         self._contents = _Contents(module)
@@ -130,9 +131,9 @@ class Root:
 
     def clock(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
         """The clock for that many streams and conditioning inputs, and those dense steps."""
-        key = (max_streams, conditions, device, dense_steps)
+        key = (max_streams, conditions, device, *dense_steps.key)
         if key not in self._clocks:
-            self._clocks[key] = RootClock(*key)
+            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps)
         return self._clocks[key]
 
     def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -328,7 +329,7 @@ def dense_now(device: torch.device) -> Tensor:
     """What `attend` is told where no state may be used."""
     words = [0] * NOW_WORDS
     words[NOW_SLOT] = -1
-    words[NOW_FRACTION] = int(torch.tensor(UNKNOWN).view(torch.int32))
+    words[NOW_FRACTION] = int(torch.tensor(UNKNOWN, device="cpu").view(torch.int32))
     with torch.inference_mode(False):
         return torch.tensor(words, dtype=torch.int32, device=device)
 

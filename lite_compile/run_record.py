@@ -64,8 +64,9 @@ def collect_record(
     decided = report()
     if title is None:
         title = "liteattention run" if model is None else type(getattr(model, "_orig_mod", model)).__name__
-    if not all(isinstance(s, int | float) and math.isfinite(s) and s >= 0 for s in step_seconds):
-        raise ValueError(f"step_seconds is {step_seconds!r}; allowed: seconds per step, finite numbers >= 0")
+    seconds = list(step_seconds)
+    if not all(isinstance(s, int | float) and math.isfinite(s) and s >= 0 for s in seconds):
+        raise ValueError(f"step_seconds is {seconds!r}; allowed: seconds per step, finite numbers >= 0")
     return RunRecord(
         title=title,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -74,7 +75,7 @@ def collect_record(
         settings=tuple(_settings(graph.options) for graph in decided.graphs),
         stats=stats(model),
         state_bytes=sum(state.state.nbytes for state in states),
-        step_seconds=tuple(map(float, step_seconds)),
+        step_seconds=tuple(map(float, seconds)),
     )
 
 
@@ -118,12 +119,12 @@ def from_json(text: str) -> RunRecord:
             created=str(content["created"]),
             environment={str(name): str(value) for name, value in content["environment"].items()},
             report=Report(tuple(graphs)),
-            settings=tuple(tuple(Setting(**entry) for entry in graph["settings"]) for graph in content["graphs"]),
+            settings=tuple(tuple(map(_setting, graph["settings"])) for graph in content["graphs"]),
             stats=Stats(tuple(map(_stream, content["streams"]))),
             state_bytes=int(content["state_bytes"]),
-            step_seconds=tuple(map(float, content["step_seconds"])),
+            step_seconds=tuple(map(_finite, content["step_seconds"])),
         )
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"damaged, or not written by lite-compile: {type(error).__name__}: {error}") from error
 
 
@@ -139,8 +140,26 @@ def _site(entry: Mapping[str, Any]) -> SiteReport:
     reason = None if entry["reason"] is None else Reason(entry["reason"])
     shapes = {name: tuple(entry[name]) for name in ("q_shape", "k_shape")}
     protected = tuple((start, end) for start, end in entry["protected"])
-    return SiteReport(**{**entry, **shapes, "reason": reason, "protected": protected})
+    texts = {name: str(entry[name]) for name in ("layer", "detail", "dtype", "kernel", "protected_by")}
+    return SiteReport(**{**entry, **shapes, **texts, "reason": reason, "protected": protected})
+
+
+def _setting(entry: Mapping[str, Any]) -> Setting:
+    return Setting(**{**entry, "name": str(entry["name"]), "value": str(entry["value"])})
 
 
 def _stream(entry: Mapping[str, Any]) -> StreamStats:
-    return StreamStats(**{**entry, "density": float(entry["density"]), "history": tuple(entry["history"])})
+    counts = {name: int(entry[name]) for name in _COUNTS}
+    history = tuple(None if density is None else _finite(density) for density in entry["history"])
+    density = _finite(entry["density"])
+    return StreamStats(**{**entry, **counts, "layer": str(entry["layer"]), "density": density, "history": history})
+
+
+_COUNTS = ("stream", "steps", "generations", "calls", "dense_calls", "state_bytes")
+
+
+def _finite(value: Any) -> float:
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value!r} is not finite")
+    return number

@@ -128,7 +128,7 @@ class StatefulGraph:
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
-        self._key = (graph_key(graph), state.thresholds, state.dense_steps)
+        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
@@ -190,8 +190,9 @@ class StatefulGraph:
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-        # If this changes anything, the root's hooks have reset the clock.
-        self._follow_thresholds(binding, call.override)
+        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone.
+        if self._follow_thresholds(binding, call.override):
+            binding.void()
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
             return self._dense

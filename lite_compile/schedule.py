@@ -6,7 +6,7 @@ import itertools
 import math
 from abc import ABC, abstractmethod
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
@@ -46,7 +46,12 @@ class Schedule(Thresholds):
     """How it was made."""
 
     def __post_init__(self) -> None:
+        for name, value in (("fractions", self.fractions), ("thresholds", self.thresholds)):
+            if not isinstance(value, list | tuple):
+                raise wrong_type("threshold", value, f"{name} in a tuple")
         fractions = tuple(self.fractions)
+        if not all(isinstance(fraction, int | float) and not isinstance(fraction, bool) for fraction in fractions):
+            raise wrong_type("threshold", fractions, "fractions from 0 to 1")
         numbers = tuple(check_number("threshold", value) for value in self.thresholds)
         rising = all(a < b for a, b in itertools.pairwise(fractions))
         if not rising or len(fractions) != len(numbers) or (*fractions[:1], *fractions[-1:]) != (0, 1):
@@ -78,10 +83,12 @@ class Schedule(Thresholds):
     def points(cls, points: Sequence[float] | Mapping[float, float]) -> Schedule:
         """Through `points`: thresholds spread evenly over the trajectory, or thresholds by fraction, from 0 to 1."""
         if isinstance(points, Mapping):
-            if not all(isinstance(fraction, int | float) for fraction in points):
+            if not all(isinstance(fraction, int | float) and not isinstance(fraction, bool) for fraction in points):
                 raise wrong_type("threshold", dict(points), "a dict of thresholds by fraction, from 0 to 1")
             ordered = dict(sorted(points.items()))
             return cls(tuple(ordered), tuple(ordered.values()), f"Schedule.points({ordered})")
+        if isinstance(points, str) or not isinstance(points, Iterable):
+            raise wrong_type("threshold", points, "two or more thresholds in a list, or a dict of them by fraction")
         values = list(points)
         if len(values) < 2:
             raise wrong_value("threshold", values, "two or more thresholds in a list")
@@ -90,6 +97,8 @@ class Schedule(Thresholds):
 
     def at(self, fraction: float) -> float:
         """The threshold at a fraction from 0 to 1; where it rises from or falls to -inf, -inf is in between."""
+        if not 0 <= fraction <= 1:
+            raise ValueError(f"fraction is {fraction!r}; allowed: 0 to 1")
         right = min(bisect_right(self.fractions, fraction), len(self.fractions) - 1)
         (a, b), (low, high) = self.fractions[right - 1 : right + 1], self.thresholds[right - 1 : right + 1]
         if fraction >= b or low == high:

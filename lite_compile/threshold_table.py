@@ -28,7 +28,7 @@ def threshold_table(thresholds: Thresholds, layers: tuple[str, ...]) -> Tensor:
         schedule = thresholds.schedule(layer)
         rows.append([*(schedule.at(i / (POINTS - 1)) for i in range(POINTS)), min(schedule.thresholds)])
     with torch.inference_mode(False):
-        return torch.tensor(rows, dtype=torch.float32)
+        return torch.tensor(rows, dtype=torch.float32, device="cpu")  # whatever the default device is
 
 
 def empty_table(layers: int, device: torch.device) -> Tensor:

@@ -27,6 +27,11 @@ class DenseSteps(NamedTuple):
     last: int | float = 0
 
     @property
+    def key(self) -> tuple[float, float, type, type]:
+        """Equal for equal steps; they themselves are equal as well if one step is meant and the whole trajectory."""
+        return *self, type(self.first), type(self.last)
+
+    @property
     def any(self) -> bool:
         """Whether there may be such steps."""
         return self.first > 0 or self.last > 0

@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 import lite_compile
 from lite_compile import root_clock
 from lite_compile.layer_state import layer_states
+from lite_compile.trajectory import NONE_DENSE
 
 PROMPTS = [prompt(0), prompt(1)]
 
@@ -425,3 +426,13 @@ def test_conditioning_that_the_clock_cannot_read_leaves_blocks_dense(kind: str) 
     assert out.isfinite().all()
     sites = [site for site in lite_compile.report().sites if site.layer.endswith("attn1")]
     assert {site.reason for site in sites} == {lite_compile.Reason.NO_CLOCK}
+
+
+def test_a_mask_written_to_under_inference_mode_is_read_anew() -> None:
+    """Nobody counts what is written to such a tensor."""
+    clock = root_clock.RootClock(1, 1, DEVICE, NONE_DENSE)
+    with torch.inference_mode():
+        mask = torch.zeros(1, 8, device=DEVICE)
+        before = clock.identify([mask]).clone()
+        mask[0, 3] = -1.0
+        assert not torch.equal(clock.identify([mask]), before)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -160,6 +161,7 @@ def test_mean_history() -> None:
     assert more.mean_history(2) == ()
 
 
+STREAM = asdict(StreamStats("blocks.0", 0, 0.5, 1, 1, 1, 0, 64, (0.5,)))
 WRONG_FILES: list[tuple[Any, str]] = [
     ("{", "not JSON"),
     ([1], "whose 'format' is 'lite-compile run'"),
@@ -169,6 +171,11 @@ WRONG_FILES: list[tuple[Any, str]] = [
     ({"streams": [{"layer": 1}]}, "damaged"),
     ({"graphs": [{"clock": "x", "settings": [], "sites": [{"reason": "bored"}]}]}, "damaged.*bored"),
     ({"environment": 3}, "damaged"),
+    ({"streams": [{**STREAM, "stream": "<b>"}]}, "damaged.*<b>"),
+    ({"streams": [{**STREAM, "history": ["x"]}]}, "damaged.*'x'"),
+    ({"streams": [{**STREAM, "history": [math.nan]}]}, "damaged.*nan"),
+    ({"streams": [{**STREAM, "steps": None}]}, "damaged"),
+    ({"step_seconds": [math.inf]}, "damaged.*inf"),
 ]
 
 
@@ -180,6 +187,19 @@ def test_wrong_files(content: Any, message: str, tmp_path: Path) -> None:
     path.write_text(content if isinstance(content, str) else json.dumps(content))
     with pytest.raises(ValueError, match=rf"run\.json: .*{message}.*allowed: a file of lite_compile.save_report"):
         read_record(path)
+
+
+def test_what_is_no_text_becomes_one() -> None:
+    setting = {"name": 1, "value": 2, "changed": True}
+    content = {**json.loads(to_json(invented())), "streams": [{**STREAM, "layer": 7}]}
+    content["graphs"] = [{"clock": "x", "sites": [], "settings": [setting]}]
+    record = from_json(json.dumps(content))
+    assert "<code>2</code>" in render_html(record)
+    assert record.stats.streams[0].layer == "7"
+
+
+def test_seconds_may_come_from_an_iterator() -> None:
+    assert collect_record(step_seconds=(second for second in (1.0, 2.0))).step_seconds == (1.0, 2.0)  # type: ignore[arg-type]
 
 
 def test_wrong_arguments(tmp_path: Path) -> None:

@@ -111,9 +111,25 @@ def test_equal_schedules_are_equal_and_say_how_they_were_made() -> None:
         (lambda: Schedule((0, 0.5, 0.5, 1), (-1, -1, -1, -1)), OptionValueError, ["0.5, 0.5", "rise"]),
         (lambda: Schedule((0, 1), (-1,)), OptionValueError, ["as many fractions as thresholds"]),
         (lambda: Schedule((0, math.nan, 1), (-1, -1, -1)), OptionValueError, ["nan", "rise"]),
+        (lambda: Schedule.points(5), OptionTypeError, ["5 (int)", "in a list"]),  # type: ignore[arg-type]
+        (lambda: Schedule.points({False: -4, True: -3}), OptionTypeError, ["False", "by fraction"]),
+        (lambda: Schedule((0, "x", 1), (-1, -1, -1)), OptionTypeError, ["'x'", "0 to 1"]),  # type: ignore[arg-type]
+        (lambda: Schedule((0, 1), None), OptionTypeError, ["None", "tuple"]),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_schedules_raise(make: Callable[[], Schedule], kind: type[Exception], parts: list[str]) -> None:
     with pytest.raises(kind) as caught:
         make()
     assert all(part in str(caught.value) for part in parts), caught.value
+
+
+@pytest.mark.parametrize("fraction", [-0.5, 1.5, math.nan])
+def test_there_is_no_threshold_beyond_the_trajectory(fraction: float) -> None:
+    with pytest.raises(ValueError, match=r"fraction is .*; allowed: 0 to 1"):
+        Schedule.linear(-4, -3).at(fraction)
+
+
+def test_the_table_is_on_the_cpu_whatever_the_default_device_is() -> None:
+    with torch.device("meta"):
+        table = threshold_table(Schedule.linear(-7.625, -3), ("a layer of this test",))
+    assert table[0, 0] == -7.625

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from typing import Any
 
@@ -353,3 +354,64 @@ def test_a_model_that_is_none(wrong: Any) -> None:
 def test_the_options_of_the_tests_skip() -> None:
     """Without this, `density < 1` above would say nothing about thresholds."""
     assert OPTIONS["threshold"] == -6.0
+
+
+@pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
+def test_masks_of_an_override_do_not_outlive_it(compile_model: Any) -> None:
+    """The threshold of a model around this one is gone with that model, as soon as anything else is set."""
+    model, around = tiny_wan(), nn.Module()
+    around.inner = model
+    run = compile_model(model, threshold=NEVER)
+    lite_compile.set_threshold(around, -1.0)
+    latents = denoise(run, noise(0), PROMPTS, 6, stop_after=4)
+    assert lite_compile.stats(model).density < 1
+    del around
+    gc.collect()
+    lite_compile.set_threshold(nn.Linear(1, 1), -3.0)
+    timestep = torch.tensor([1000.0 * (1 - 4 / 6)], device=DEVICE)
+    with torch.no_grad():
+        run(hidden_states=latents, timestep=timestep, encoder_hidden_states=PROMPTS[0], return_dict=False)
+    assert {s.density for s in lite_compile.stats(model).streams if s.stream == 0} == {1.0}
+
+
+def test_thresholds_set_under_another_default_device() -> None:
+    model = tiny_wan()
+    run = compiled(model, threshold=NEVER)
+    denoise(run, noise(0), PROMPTS, 2)
+    with torch.device("meta"):
+        lite_compile.set_threshold(model, -1.015625)
+    denoise(run, noise(0), PROMPTS, 5)
+    assert lite_compile.stats(model).density < 1
+
+
+def test_one_dense_step_is_not_the_whole_trajectory() -> None:
+    model = compile_blocks(tiny_wan(), threshold=-1.0, dense_steps=(1.0, 0))
+    denoise(model, noise(0), PROMPTS, 5)
+    assert lite_compile.stats(model).density == 1
+    torch._dynamo.reset()
+    denoise(compile_blocks(model, threshold=-1.0, dense_steps=(1, 0)), noise(0), PROMPTS, 5)
+    assert lite_compile.stats(model).density < 1
+
+
+def test_steps_announced_under_another_default_device() -> None:
+    model = NoClock()
+    cos, sin = tiny_wan(layers=1).rope(noise(0))
+    run = compiled(model, threshold=-1.0)
+    with torch.no_grad(), lite_compile.generation(model) as generation:
+        for _ in range(3):
+            with torch.device("meta"):
+                generation.step()
+            run(noise(0, (1, 1024, 64)), cos, sin)
+    assert lite_compile.stats(model).density < 1
+
+
+def test_the_number_of_steps_is_known_again_after_a_generation_within_another() -> None:
+    model = tiny_wan()
+    run = compiled(model, threshold=-1.0, dense_steps=(0, 1), history=True)
+    with lite_compile.generation(model, steps=5):
+        denoise(run, noise(0), PROMPTS, 5)
+        with lite_compile.generation(model, steps=3):
+            denoise(run, noise(1), PROMPTS, 3)
+            assert [density is None for density in lite_compile.stats(model).mean_history(0)] == [False, False, True]
+        denoise(run, noise(0), PROMPTS, 5)
+        assert [density is None for density in lite_compile.stats(model).mean_history(0)] == [False] * 4 + [True]

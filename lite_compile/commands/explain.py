@@ -64,7 +64,7 @@ def _value(text: str) -> Any:
     for read in (ast.literal_eval, float):
         try:
             return read(text)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
             continue
     return text
 
@@ -88,6 +88,8 @@ def load_factory(spec: str) -> Callable[[], Any]:
 
 
 def _import(name: str) -> ModuleType:
+    if not all(name.split(".")):  # a relative import
+        raise CommandError(f"{name!r} is no name of a module, such as my_models, nor the path of a .py file")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
