@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -157,7 +158,7 @@ def measure(shape: Shape, progress: tqdm[Any]) -> Iterator[dict[str, Any]]:
     for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
         tile = TileShape(128, 128)
         error = problem.error(problem.sdpa(backend), None, tile)
-        yield row(name, "", 0.0, lambda: problem.sdpa(backend), error)  # noqa: B023
+        yield row(name, "", 0.0, partial(problem.sdpa, backend), error)
     for name, pattern, share in cases(shape):
         if name == "flex":
             _, mask = impose(shape, FLEX_TILE, pattern, share)
@@ -170,7 +171,7 @@ def measure(shape: Shape, progress: tqdm[Any]) -> Iterator[dict[str, Any]]:
             progress.write(f"{name}: {kernel}")
             continue
         state, mask = impose(shape, kernel.tile, pattern, share)
-        ours = lambda kernel=kernel, state=state: problem.ours(kernel, state)  # noqa: E731
+        ours = partial(problem.ours, kernel, state)
         yield row(name, pattern, float(mask.float().mean()), ours, problem.error(ours(), mask, kernel.tile))
 
 

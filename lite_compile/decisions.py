@@ -61,7 +61,7 @@ class SiteReport:
     k_shape: tuple[int | str, ...]
     dtype: str
     kernel: str
-    """Kernel that runs it: `cpu`, `triton`, or `dense` for whatever PyTorch picks."""
+    """Kernel that runs it: `cpu`, `triton`, `hopper` (`-int8`, `-fp8`), or `dense` for whatever PyTorch picks."""
     protected: tuple[tuple[int | str, int | str], ...] = ()
     """Positions (start, end) whose tiles are always computed: text in joint attention; expressions if symbolic."""
     protected_by: str = ""

@@ -25,9 +25,11 @@ def _option(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
     return field(default=default, metadata={"check": check, "doc": doc})
 
 
-def _integer(minimum: int, maximum: int) -> Callable[[str, Any], int]:
+def _integer(minimum: int, maximum: int, instead: str = "") -> Callable[[str, Any], int]:
+    """`instead`: what else is allowed, for the message."""
+
     def check(name: str, value: Any) -> int:
-        allowed = f"an integer from {minimum} to {maximum}"
+        allowed = f"{instead}an integer from {minimum} to {maximum}"
         if isinstance(value, bool) or not isinstance(value, int):
             raise wrong_type(name, value, allowed)
         if not minimum <= value <= maximum:
@@ -44,17 +46,8 @@ def _boolean(name: str, value: Any) -> bool:
 
 
 def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
-    def check(name: str, value: Any) -> int | str:
-        if isinstance(value, str) and value == "auto":
-            return value
-        allowed = f"'auto', or an integer from {minimum} to {maximum}"
-        if isinstance(value, bool) or not isinstance(value, int):
-            raise wrong_type(name, value, allowed)
-        if not minimum <= value <= maximum:
-            raise wrong_value(name, value, allowed)
-        return value
-
-    return check
+    check = _integer(minimum, maximum, "'auto', or ")
+    return lambda name, value: value if isinstance(value, str) and value == "auto" else check(name, value)
 
 
 def _dense_steps(name: str, value: Any) -> DenseSteps:

@@ -286,16 +286,16 @@ def test_latents_that_are_not_finite_are_always_a_new_generation(bad: float) -> 
     assert generations == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: torch.tensor(t),
-        lambda t: torch.tensor([int(t)]),
-        lambda t: torch.full((2,), t, dtype=torch.bfloat16),
-        lambda t: torch.tensor([[0.0, 0.0, t, t]]),
-    ],
-    ids=["scalar", "integer", "batch_bfloat16", "per_token"],
-)
+TIMESTEP_KINDS: dict[str, Callable[[float], Tensor]] = {
+    "scalar": lambda t: torch.tensor(t),
+    "integer": lambda t: torch.tensor([int(t)]),
+    "batch_bfloat16": lambda t: torch.full((2,), t, dtype=torch.bfloat16),
+    "per_token": lambda t: torch.tensor([[0.0, 0.0, t, t]]),
+}
+"""How pipelines hand a time to a model."""
+
+
+@pytest.mark.parametrize("make", TIMESTEP_KINDS.values(), ids=TIMESTEP_KINDS)
 def test_kinds_of_timestep(make: Callable[[float], Tensor]) -> None:
     clock = Clock()
     calls = [clock.call(x, make(t), P) for x, t in zip(trajectory(0, TIMES), TIMES, strict=True)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_clock import TIMES, N, P, noise, trajectory
+from test_clock import TIMES, TIMESTEP_KINDS, N, P, noise, trajectory
 from torch import Tensor
 
 from lite_compile.announce import clock_header, read_announced
@@ -116,16 +116,7 @@ def test_heun_stands_at_its_timestep_both_times() -> None:
     assert clock.fraction(z, 600.0) == pytest.approx(0.4)
 
 
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda t: torch.tensor(t),
-        lambda t: torch.tensor([int(t)]),
-        lambda t: torch.full((2,), t, dtype=torch.bfloat16),
-        lambda t: torch.tensor([[0.0, 0.0, t, t]]),
-    ],
-    ids=["scalar", "integer", "batch_bfloat16", "per_token"],
-)
+@pytest.mark.parametrize("make", TIMESTEP_KINDS.values(), ids=TIMESTEP_KINDS)
 def test_kinds_of_timestep(make: Callable[[float], Tensor]) -> None:
     clock = Clock()
     found = [clock.fraction(x, make(t)) for x, t in zip(trajectory(0, TIMES), TIMES, strict=True)]
