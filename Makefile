@@ -13,7 +13,7 @@ MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint format types bench bench-cpu models-doc build clean
+.PHONY: help env demo test test-slow test-gpu lint format types bench bench-cpu bench-doc models-doc build clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -64,6 +64,9 @@ bench:  ## time attention on this machine's GPU with PYTHON's own torch (BENCH_A
 
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py
+
+bench-doc:  ## write the tables of docs/performance.md and README.md from benchmarks/results
+	$(PYTHON) benchmarks/tables.py
 
 models-doc: $(STAMP)  ## write docs/models.md: what is rewritten in each model of tests/zoo
 	$(BIN)/python tests/zoo/models_doc.py
