@@ -25,9 +25,9 @@ LATENT_SAMPLES = 4096
 PROJECTIONS = 4
 CONDITION_WORDS = 2 * PROJECTIONS
 """int32 words of the fingerprint of one input: float64 projections."""
-_DIGIT = 4093
-_HASHES = ((5471, 7919, 3571, 8191), (3571, 2741, 6007, 8179), (7001, 5323, 4211, 8171), (1993, 6151, 7489, 8167))
-"""Per projection: multipliers for the three base-`_DIGIT` digits of a position, and a prime modulus above them."""
+_DIGIT_BITS, _WEIGHT_BITS, _DROPPED_BITS = 12, 13, 9
+_HASHES = ((92821, 68371, 75503), (81869, 99371, 53113), (104651, 88001, 67801), (72271, 110581, 96001))
+"""Per projection: multipliers for the three digits of a position. The middle bits of the sum are its weight."""
 _LARGE, _LARGE_CODE, _NAN_CODE = 2.0**40, 4096.0, 3000.5
 """Numbers beyond `_LARGE` count as `_LARGE_CODE` plus their log2, so that a mask of infinities hides nothing else."""
 
@@ -87,9 +87,12 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
             condition = torch.view_as_real(condition.resolve_conj())
         flat = _tame(condition.to(device).reshape(-1).to(torch.float64))
         index = torch.arange(flat.shape[0], device=device)
-        # A weight is a linear hash of the position's digits, in products that fit 32 bits: Inductor has no more.
-        low, middle, high = index % _DIGIT, index // _DIGIT % _DIGIT, index // (_DIGIT * _DIGIT)
-        hashed = [(low * a + middle * b + high * c) % p for a, b, c, p in _HASHES]
+        # A weight is a hash of the position's digits, in products that fit 32 bits, since Inductor has no more, and
+        # without divisions, which would take most of the time.
+        mask = 2**_DIGIT_BITS - 1
+        low, middle, high = index & mask, (index >> _DIGIT_BITS) & mask, index >> 2 * _DIGIT_BITS
+        sums = [low * a + middle * b + high * c for a, b, c in _HASHES]
+        hashed = [(x >> _DROPPED_BITS) & (2**_WEIGHT_BITS - 1) for x in sums]
         fingerprints.append(torch.stack([((h.to(torch.float64) + 1) * flat).sum() for h in hashed]))
     return torch.cat(fingerprints).view(torch.int32)
 
