@@ -127,7 +127,7 @@ def _attend_kernel(
     start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3,
     qk_scale, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, BY_MASS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; arguments as `attend_triton` documents them.
 
@@ -144,6 +144,8 @@ def _attend_kernel(
     head = (program // q_tiles % heads).to(tl.int64)
 
     limit = load_threshold(threshold)
+    if BY_MASS:
+        limit = tl.exp2(limit) / k_tiles
     row, epoch, recording, valid = find_row(state, now, program, streams, row_words)
     markable = tl.where(is_free(q_tile, TILE_Q, protected), k_tiles, 0)
     recorded = tl.where(valid, markable, 0)
@@ -189,7 +191,10 @@ def _attend_kernel(
             factor = qk_scale
         tile_max = tl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        needed |= tl.where(tile_max - running <= limit, 0, one << (n % 32))
+        if BY_MASS:
+            hidden = tl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+        else:
+            needed |= tl.where(tile_max - running <= limit, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -197,7 +202,12 @@ def _attend_kernel(
         weights = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(running - shift)
         running = raised
-        total = total * decay + tl.sum(weights, 1)
+        if BY_MASS:
+            mass = tl.sum(weights, 1)
+            total = total * decay + mass
+            needed |= tl.where(mass < limit * total + hidden, 0, one << (n % 32))
+        else:
+            total = total * decay + tl.sum(weights, 1)
         v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
         weighted = tl.dot(weights.to(v_block.dtype), v_block, weighted * decay[:, None], input_precision="tf32x3")
         # The vote of all rows synchronises the warps: take it once per 32 tiles.
@@ -244,7 +254,7 @@ _attend = Launcher(_attend_kernel)
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (),
+    protected: Sequence[int] = (), criterion: str = "max",
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -260,6 +270,7 @@ def attend_triton(
         lse: natural-log sum of exponentials, contiguous float32 `[B, H, Sq]`; overwritten when given.
         key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
         protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
+        criterion: "max" or "mass", as there.
     """
     batch, heads, q_len, head_dim = q.shape
     k_len = k.shape[2]
@@ -287,6 +298,7 @@ def attend_triton(
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
         "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": key_bias is not None, "HAS_LSE": lse is not None,
+        "BY_MASS": criterion == "mass",
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     with torch.cuda.device_of(q):

@@ -96,7 +96,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     masks = dict.fromkeys(node for bias in biases for node in mask_inputs(bias, graph.graph))
     now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
-    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
+    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams, settings.criterion)
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now

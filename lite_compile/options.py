@@ -10,13 +10,14 @@ from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
 from .errors import OptionTypeError, OptionValueError, nearest, wrong_type, wrong_value
-from .ops import MAX_PROTECTED
+from .ops import CRITERIA, MAX_PROTECTED
 from .schedule import Thresholds, as_thresholds, check_threshold
 from .trajectory import DenseSteps
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 KernelName = Literal["auto", "hopper", "triton", "cpu"]
 OnUnsupported = Literal["dense", "error"]
+Criterion = Literal["max", "mass"]
 Positions = tuple[int, int | None]
 """Start and end in a sequence, half-open, as in a slice."""
 
@@ -174,6 +175,13 @@ class Options:
         "How far below the running maximum of each of its rows a tile of QK^T must lie to be skipped from the next "
         "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides. A number, a "
         "Schedule or a list of numbers over the trajectory, or a dict of these by layer-name globs.",
+    )
+    criterion: Criterion = _option(
+        "max",
+        _one_of(*CRITERIA),
+        "What the threshold limits. 'max': how near the heaviest key of a skipped tile may come to its row's. 'mass': "
+        "it is the log2 of how much of a row's softmax may be skipped in a generation, all tiles together, each "
+        "measured when it is marked.",
     )
     dense_steps: DenseSteps = _option(
         DenseSteps(),

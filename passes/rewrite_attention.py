@@ -36,24 +36,26 @@ class StateInput:
 
 
 def rewrite_attention(
-    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int
-) -> list[StateInput]:
+    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int,
+    criterion: str = "max",
+) -> list[StateInput]:  # fmt: skip
     """Replace each site by `lite_compile::attend`; the rest of the graph is untouched.
 
     Args:
         now: int32 `[NOW_WORDS]`: where the call stands.
         thresholds: float32 `[len(rewrites)]`: one for each site, in log2 units.
+        criterion: what they are compared with, one of `ops.CRITERIA`.
     """
     emitted: dict[Operand, fx.Node] = {}
     return [
-        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, emitted)
+        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, criterion, emitted)
         for number, rewrite in enumerate(rewrites)
     ]
 
 
 def _rewrite(
     graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, thresholds: fx.Node, max_streams: int,
-    emitted: dict[Operand, fx.Node],
+    criterion: str, emitted: dict[Operand, fx.Node],
 ) -> StateInput:  # fmt: skip
     site, tile, place = rewrite.site, rewrite.kernel.tile, rewrite.place
     q, k, out = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.node)
@@ -72,7 +74,7 @@ def _rewrite(
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
-            emit(graph, _optional_arguments(rewrite), emitted, like=site.origin),
+            emit(graph, _optional_arguments(rewrite, criterion), emitted, like=site.origin),
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, threshold)
@@ -89,12 +91,13 @@ def _rewrite(
     return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape))
 
 
-def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:
+def _optional_arguments(rewrite: Rewrite, criterion: str) -> dict[str, Any]:
     """Those of the op's arguments that are not what the op takes without being told."""
     given = {
         "key_bias": rewrite.key_bias,
         "protected": [*chain(*rewrite.protection.ranges)] or None,
         "kernel_name": None if rewrite.device.type == "cpu" else rewrite.kernel.name,
+        "criterion": None if criterion == "max" else criterion,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lite_compile.ops import attend_reference, touched_tiles
+from lite_compile.ops import CRITERIA, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(64, 32)
@@ -44,12 +44,13 @@ def test_opcheck(dtype: torch.dtype, heads_last: bool, return_lse: bool) -> None
 
 @pytest.mark.parametrize("bias_batch", [1, 2])
 @pytest.mark.parametrize("protected", [(), (0, 8, 60, 100)], ids=str)
-def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int, ...], criterion: str) -> None:
     q, k, v, state, now = arguments()
     torch.library.opcheck(
         torch.ops.lite_compile.attend.default,
         (q, k[:, :1], v[:, :1], state, now, 0.25, MINUS_ONE, TILE.q, TILE.k),
-        {"key_bias": torch.randn(bias_batch, 100), "protected": protected},
+        {"key_bias": torch.randn(bias_batch, 100), "protected": protected, "criterion": criterion},
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )
 
@@ -170,6 +171,11 @@ def test_wrong_ranges_raise(protected: tuple[int, ...]) -> None:
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
         with context, pytest.raises(ValueError, match=r"protected is .*allowed"):
             torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, protected=protected)
+
+
+def test_an_unknown_criterion_is_named() -> None:
+    with pytest.raises(ValueError, match="criterion is 'mas'; allowed: 'max', 'mass'"):
+        torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, criterion="mas")
 
 
 @pytest.mark.parametrize("bias", [torch.zeros(2, 100).double(), torch.zeros(2, 1, 1, 100)], ids=["dtype", "rank"])

@@ -38,6 +38,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"min_seq_len": 10.5}, TypeError, ["min_seq_len", "10.5"]),
     ({"qk_dtype": "int4"}, ValueError, ["qk_dtype", "'int4'", "'int8'", "'fp8'"]),
     ({"qk_dtype": 8}, TypeError, ["qk_dtype", "8"]),
+    ({"criterion": "mas"}, ValueError, ["criterion", "'mas'", "'max'", "Did you mean 'mass'?"]),
+    ({"criterion": None}, TypeError, ["criterion", "None", "'mass'"]),
     ({"min_seq_len": "aut"}, TypeError, ["min_seq_len", "'aut'", "'auto'"]),
     ({"max_streams": 0}, ValueError, ["max_streams", "0", "1 to 64"]),
     ({"max_streams": 65}, ValueError, ["max_streams", "65"]),

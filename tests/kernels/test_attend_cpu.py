@@ -87,11 +87,12 @@ def threshold_between(scores: int, scale: float) -> float:
 def call(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
     poison: Callable[[Tensor], Tensor] = heads_last, key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    criterion: str = "max",
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = poison(torch.full((*q.shape[:3], v.shape[-1]), math.nan, dtype=q.dtype))
     lse = torch.full(q.shape[:3], math.nan)
     limit = torch.tensor(threshold)
-    attend_cpu(q, k, v, state, now, scale, limit, tile, out, lse, key_bias, protected)
+    attend_cpu(q, k, v, state, now, scale, limit, tile, out, lse, key_bias, protected, criterion)
     return out, lse
 
 
@@ -117,14 +118,15 @@ def assert_close(out: Tensor, expected: Tensor, sdpa_lost: Tensor) -> None:
 
 def follow_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, threshold: float, tile: TileShape, calls: int = 3,
-    key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    key_bias: Tensor | None = None, protected: Sequence[int] = (), criterion: str = "max",
 ) -> Tensor:  # fmt: skip
     """Run `calls` calls beside the float64 reference; returns the final state after checking every one of them."""
     state, now = fresh_state(q, k, tile), now_at()
     reference_state = state.clone()
     for _ in range(calls):
         skipped = skipped_bits(state, k.shape[2], tile)[0]
-        out, lse = call(q, k, v, state, now, scale, threshold, tile, key_bias=key_bias, protected=protected)
+        given = {"key_bias": key_bias, "protected": protected, "criterion": criterion}
+        out, lse = call(q, k, v, state, now, scale, threshold, tile, **given)  # type: ignore[arg-type]
         expected, expected_lse = attend_reference(
             *(x.double() for x in (q, k, v)),
             reference_state,
@@ -132,8 +134,7 @@ def follow_reference(
             scale,
             torch.tensor(threshold),
             tile,
-            key_bias,
-            protected,
+            **given,  # type: ignore[arg-type]
         )
         assert torch.equal(state, reference_state)
         assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile, key_bias))

@@ -30,7 +30,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         return f"tensordesc<{ELEMENTS[kind]}[{','.join(map(str, shape))}],{layout!r}>"
 
     kernel = attend_hopper._attend_kernel
-    fixed: dict[str, Any] = {"EVEN_K": False, "HAS_LSE": False, "HAS_BIAS": False, **constants}
+    fixed: dict[str, Any] = {"EVEN_K": False, "HAS_LSE": False, "HAS_BIAS": False, "BY_MASS": False, **constants}
     fixed["QK_BITS"] = 8 * qk.itemsize
     optional = {
         "lse": fixed["HAS_LSE"],
@@ -67,17 +67,19 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     ],
     ids=str,
 )
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
 def test_compiles_for_hopper(
-    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None
-) -> None:
+    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None,
+    by_mass: bool,
+) -> None:  # fmt: skip
     """`spilled`: most bytes that may be; None: any number.
 
     At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills nothing without a bias, 3.9 some bytes.
     """
-    build = compile_offline(dtype, head_dim, qk, **constants)
+    build = compile_offline(dtype, head_dim, qk, BY_MASS=by_mass, **constants)
     print(
-        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants}: {build.registers} registers, "
-        f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
+        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants} mass={by_mass}: "
+        f"{build.registers} registers, {build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
     )
     assert build.shared_bytes <= SHARED_KB * 1024
     assert "wgmma.mma_async" in build.ptx

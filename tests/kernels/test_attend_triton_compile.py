@@ -32,14 +32,16 @@ class Build(NamedTuple):
 
 
 def compile_offline(
-    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False
-) -> Build:
+    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False,
+    by_mass: bool = False,
+) -> Build:  # fmt: skip
     """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
     kernel = attend_triton._attend_kernel
     config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
         "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
+        "BY_MASS": by_mass,
     }  # fmt: skip
     if not has_bias:
         constants["key_bias"] = None
@@ -73,10 +75,11 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
 )
 @pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
-    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias)
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
+def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, by_mass: bool) -> None:
+    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias, by_mass=by_mass)
     print(
-        f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {build.registers} registers, "
+        f"sm_{arch} {dtype} D={head_dim} bias={has_bias} mass={by_mass}: {build.registers} registers, "
         f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
         f"{build.ptx.count('cp.async.cg')} cp.async"
     )
