@@ -94,7 +94,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     device = rewrites[0].device
     biases = [rewrite.key_bias for rewrite in rewrites if rewrite.key_bias is not None and clock is ClockSource.ROOT]
     masks = dict.fromkeys(node for bias in biases for node in mask_inputs(bias, graph.graph))
-    now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
+    refresh_every = settings.refresh_every or 0
+    now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps, refresh_every)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
     layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
     if settings.history:
@@ -107,7 +108,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps, settings.history, tuple(masks),
+        settings.dense_steps, refresh_every, settings.history, tuple(masks),
     )  # fmt: skip
     return graph, state, report
 

@@ -45,6 +45,11 @@ def _boolean(name: str, value: Any) -> bool:
     return value
 
 
+def _integer_or_none(minimum: int, maximum: int) -> Callable[[str, Any], int | None]:
+    check = _integer(minimum, maximum, "None, or ")
+    return lambda name, value: None if value is None else check(name, value)
+
+
 def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
     check = _integer(minimum, maximum, "'auto', or ")
     return lambda name, value: value if isinstance(value, str) and value == "auto" else check(name, value)
@@ -181,6 +186,12 @@ class Options:
         "The first and last steps that compute everything and mark nothing: integers count steps, floats are shares of "
         "the trajectory. How many steps there are is known from lite_compile.generation(model, steps=...) or from the "
         "generation before; else a count of last steps has no effect.",
+    )
+    refresh_every: int | None = _option(
+        None,
+        _integer_or_none(1, 2**30),
+        "Every so many steps of a generation one step computes everything and marks anew, so that a tile that matters "
+        "again is found. None: marks stay until the generation ends.",
     )
     min_seq_len: int | Literal["auto"] = _option(
         "auto",

@@ -114,6 +114,8 @@ class StateInputs:
     """Which layers may use their state, if the names that the graph knows are parts of names."""
     thresholds: Thresholds
     dense_steps: DenseSteps
+    refresh_every: int = 0
+    """Steps between two that mark anew; 0: none does."""
     history: bool = False
     """Whether one density history per layer follows the states."""
     masks: tuple[fx.Node, ...] = ()
@@ -128,13 +130,14 @@ class StatefulGraph:
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
-        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key)
+        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key, state.refresh_every)
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
-        self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
+        self._thresholds = state.thresholds
+        self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -186,7 +189,7 @@ class StatefulGraph:
         call = current_call()
         if call is None:
             return self._dense
-        root = call.clock(self._max_streams, self._device, self._dense_steps)
+        root = call.clock(self._max_streams, self._device, self._dense_steps, self._refresh_every)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
