@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+from .dense_layers import NO_DENSE_LAYERS, DenseLayers, check_dense_layers
 from .errors import OptionTypeError, OptionValueError, nearest, wrong_type, wrong_value
 from .ops import MAX_PROTECTED
 from .schedule import Thresholds, as_thresholds, check_threshold
@@ -207,6 +208,11 @@ class Options:
     )
     layers: tuple[str, ...] = _option(("*",), _globs, "Globs: only layers whose name matches one are rewritten.")
     exclude_layers: tuple[str, ...] = _option((), _globs, "Globs: layers whose name matches one stay dense.")
+    dense_layers: DenseLayers = _option(
+        NO_DENSE_LAYERS,
+        check_dense_layers,
+        "Layers that skip nothing: globs, or a pair (first, last) that counts layers from the model's ends.",
+    )
     kernel: KernelName = _option(
         "auto",
         _one_of("auto", "hopper", "triton", "cpu"),

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .dense_layers import ExactLayers
 from .schedule import Thresholds, as_thresholds, check_threshold
 from .threshold_table import threshold_table
 
@@ -76,28 +77,32 @@ class ThresholdsInForce:
         self._device = device
         self._number = -1
         self._thresholds: Thresholds | None = None
+        self._exact: frozenset[str] = frozenset()
         self.layers: tuple[str, ...] = ()
         self.table: Tensor | None = None
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
     def update(
-        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int
-    ) -> bool:
+        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int,
+        exact: frozenset[str] = frozenset(),
+    ) -> bool:  # fmt: skip
         """Write the table if it is not what a call should see; whether masks made under other thresholds may exist.
 
         Args:
             default: what holds without an override.
             tensors: gives the parameters and buffers of the graph; asked only if something was set since.
             number: `latest_override()` when the call of the model began; later ones wait for the next call.
+            exact: names of layers that skip nothing, whatever the threshold.
         """
-        if number == self._number and layers == self.layers:
+        if number == self._number and layers == self.layers and exact == self._exact:
             return False
         found = next(overrides_of(tensors()), None)
         if found is not None and found.number > number:
             return False
         thresholds = default if found is None else found.thresholds
+        thresholds = ExactLayers(thresholds, exact) if exact else thresholds
         if (thresholds, layers) == (self._thresholds, self.layers):
-            self._number = number
+            self._number, self._exact = number, exact
             return False
         values = threshold_table(thresholds, layers)
         with torch.inference_mode(False), torch.no_grad():
@@ -105,5 +110,5 @@ class ThresholdsInForce:
                 self.table = torch.empty_like(values, device=self._device)
             self.table.copy_(values, non_blocking=True)
         changed = self._thresholds is not None
-        self._number, self._thresholds, self.layers = number, thresholds, layers
+        self._number, self._thresholds, self._exact, self.layers = number, thresholds, exact, layers
         return changed

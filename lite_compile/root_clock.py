@@ -128,6 +128,8 @@ class Root:
         self._clocks: dict[tuple[Hashable, ...], RootClock] = {}
         self._override = latest_override()
         self.call: RootCall | None = None
+        self.layers: tuple[str, ...] = ()
+        """Names of the rewritten layers that have run so far, in the order in which the module holds them."""
         self._contents = _Contents(module)
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
@@ -160,6 +162,19 @@ class Root:
             if changed or (override != before and touching_override(_tensors(module)) > before):
                 for clock in self._clocks.values():
                     clock.clock[RESET].fill_(1)
+
+    def add_layers(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Let `layers` have these names as well."""
+        if set(names) <= set(self.layers):
+            return
+        places = {name.replace("_orig_mod.", ""): place for place, (name, _) in enumerate(module.named_modules())}
+
+        def place(layer: str) -> int:
+            while layer not in places:  # what is made up stands below a module; the root's own name is empty
+                layer = layer.rpartition(".")[0]
+            return places[layer]
+
+        self.layers = tuple(sorted(dict.fromkeys((*self.layers, *names)), key=place))
 
     def leave(self, frame: FrameType) -> None:
         """A call is over."""

@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from .announce import tell_steps
 from .clock import RESET
 from .clock_source import ClockSource
+from .dense_layers import NO_DENSE_LAYERS, DenseLayers, choose_layers
 from .layer_state import Binding, LayerSpec, find_binding
 from .mask_watch import MaskWatch
 from .options import LayerNames
@@ -116,6 +117,8 @@ class StateInputs:
     dense_steps: DenseSteps
     refresh_every: int = 0
     """Steps between two that mark anew; 0: none does."""
+    dense_layers: DenseLayers | frozenset[str] = NO_DENSE_LAYERS
+    """Layers that skip nothing: their names or, where these are known late, what they follow from."""
     history: bool = False
     """Whether one density history per layer follows the states."""
     masks: tuple[fx.Node, ...] = ()
@@ -130,7 +133,13 @@ class StatefulGraph:
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
-        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key, state.refresh_every)
+        self._key = (
+            graph_key(graph),
+            state.thresholds,
+            *state.dense_steps.key,
+            state.refresh_every,
+            state.dense_layers,
+        )
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
@@ -138,6 +147,7 @@ class StatefulGraph:
         self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
         self._thresholds = state.thresholds
         self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
+        self._dense_layers = state.dense_layers
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -176,8 +186,11 @@ class StatefulGraph:
             self._tell_steps(binding, binding.clock)
         return binding.clock
 
-    def _follow_thresholds(self, binding: Binding, number: int) -> bool:
-        return binding.thresholds.update(self._thresholds, binding.names or self._layer_names, binding.tensors, number)
+    def _follow_thresholds(self, binding: Binding, number: int, layers: tuple[str, ...] = ()) -> bool:
+        """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
+        rule, names = self._dense_layers, binding.names or self._layer_names
+        exact = rule if isinstance(rule, frozenset) else choose_layers(rule, layers) if rule.any else frozenset()
+        return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
         anchor = binding.tensors()[0] if self._dense_steps.count_last else None
@@ -193,8 +206,10 @@ class StatefulGraph:
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone.
-        if self._follow_thresholds(binding, call.override):
+            call.root.add_layers(call.module, list(filter(self._names.allow, binding.names)))
+        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
+        # a layer that ran for the first time shows that this one is not the last.
+        if self._follow_thresholds(binding, call.override, call.root.layers):
             binding.void()
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
