@@ -24,6 +24,7 @@ from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unrea
 from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
+from .passes.insert_ranges import insert_ranges
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
 from .passes.match_key_mask import mask_inputs
@@ -91,7 +92,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     decisions = decide_attention(sites, description if clock is None else None, known, per_step)
     dense_layers: DenseLayers | frozenset[str] = settings.dense_layers
     if clock is not ClockSource.ROOT:
-        decisions, dense_layers = decide_dense_layers(decisions, settings.dense_layers)
+        decisions, dense_layers = decide_dense_layers(decisions, settings.dense_layers, settings.must_skip is not None)
     report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
     if not rewrites or clock is None:
@@ -102,7 +103,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     refresh_every = settings.refresh_every or 0
     now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps, refresh_every)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
-    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
+    ranges = insert_ranges(graph, settings.ranges, device)
+    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams, ranges)
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
@@ -113,7 +115,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps, refresh_every, dense_layers, settings.history, tuple(masks),
+        settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, tuple(masks),
     )  # fmt: skip
     return graph, state, report
 
