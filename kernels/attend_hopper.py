@@ -281,7 +281,7 @@ _list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
 def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), qk_dtype: str | None = None, criterion: str = "max",
+    protected: Sequence[int] = (), qk_dtype: str | None = None, criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -290,7 +290,7 @@ def attend_hopper(
             Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
         out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
-        state, now, scale, threshold, lse, key_bias, protected, criterion: as in `attend_triton`.
+        state, now, scale, threshold, lse, key_bias, protected, criterion, key_tiles: as in `attend_triton`.
         qk_dtype: name in `QK_DTYPES` of what q and k are rounded to for their product; None: nothing. The LSE is then
             that of the scores less the row's product with the mean key.
     """
@@ -313,7 +313,7 @@ def attend_hopper(
         state.shape[0], q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
         *range_arguments(protected),
     )  # fmt: skip
-    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k}
+    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k, "HAS_KINDS": key_tiles is not None}
     constants = {
         "EVEN_K": k_len % tile.k == 0, "HAS_LSE": lse is not None, "HAS_BIAS": key_bias is not None,
         "QK_BITS": 8 * q.element_size() if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
@@ -333,7 +333,9 @@ def attend_hopper(
         blocks = [
             tma_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))
         ]
-        _list_visits((programs,), order.dtype, (state, now, order, counts, notes, *sizes), tiles, num_warps=2)
+        _list_visits(
+            (programs,), order.dtype, (state, now, key_tiles, order, counts, notes, *sizes), tiles, num_warps=2
+        )
         _queue_programs((batch * heads,), None, (counts, queue, q_tiles), {}, num_warps=4)
         _attend(
             (programs,), (*variant, q.dtype),
@@ -343,7 +345,7 @@ def attend_hopper(
                 scale * LOG2_E, threshold,
             ), constants, num_warps=4,
         )  # fmt: skip
-        _record_visits((programs,), None, (state, now, counts, notes, *sizes), tiles, num_warps=2)
+        _record_visits((programs,), None, (state, now, key_tiles, counts, notes, *sizes), tiles, num_warps=2)
 
 
 def _in_rows(x: Tensor) -> Tensor:

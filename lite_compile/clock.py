@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .trajectory import DenseSteps, fraction_of, is_dense, time_scale
+from .trajectory import DenseSteps, fraction_of, is_dense, is_refresh, time_scale
 
-# Words of the header. The last four are `announce`'s.
+# Words of the header. The last five are `announce`'s.
 GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED, DIRECTION = range(11)
 FIRST_TIMESTEP, TIME_SCALE, LAST_STEPS = 11, 12, 13
-ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET = 14, 15, 16, 17
+ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET, ANNOUNCED_EPOCH = 14, 15, 16, 17, 18
 _HEADER = 20
-_SLOT_ROWS = 4
+_SLOT_ROWS = 5
 
 LATENT_SAMPLES = 4096
 PROJECTIONS = 4
@@ -55,8 +55,8 @@ def clock_words(max_streams: int, conditions: int) -> int:
 
 
 def slot_table(clock: Tensor, max_streams: int) -> Tensor:
-    """int32 `[4, max_streams]`: per slot its generation, the step it was last used in, its epoch, and 1 if that step
-    was one of the dense ones."""
+    """int32 `[5, max_streams]`: per slot its generation, the step it was last used in, its epoch, 1 if that step was
+    one of the dense ones, and the epoch that its stream began with, an earlier one if marks were refreshed since."""
     return clock[_HEADER : _HEADER + _SLOT_ROWS * max_streams].view(_SLOT_ROWS, max_streams)
 
 
@@ -143,6 +143,7 @@ def advance(
     conditions: Sequence[Tensor | int | float],
     max_streams: int,
     dense_steps: tuple[int | float, int | float] = (0, 0),
+    refresh_every: int = 0,
 ) -> Tensor:
     """Advance `clock` in place by one call of the model and say where that call stands.
 
@@ -163,13 +164,14 @@ def advance(
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
         conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
         dense_steps: `trajectory.DenseSteps`. They use no state, but their stream keeps its slot and so its mask.
+        refresh_every: every so many steps a stream gets another epoch, which voids its mask; 0: never.
 
     Returns:
-        int32 `[5]`: epoch (unique per stream and generation), step, slot (-1: use no state), generation, and the bits
-        of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
+        int32 `[5]`: epoch (unique per stream, generation and refresh), step, slot (-1: use no state), generation, and
+        the bits of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
     """
     slots = slot_table(clock, max_streams)
-    slot_generation, slot_step, slot_epoch, slot_dense = slots.unbind()
+    slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slots.unbind()
     stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
@@ -226,8 +228,10 @@ def advance(
     slot = torch.where(usable, best % max_streams, -1).to(torch.int32)
     taken = number == slot
     fresh = usable & (best >= max_streams)
-    epoch_count = clock[EPOCH] + fresh.int()
-    slot_epoch = torch.where(taken & fresh, epoch_count, slot_epoch)
+    begins = taken & fresh
+    renewed = begins | (taken & is_refresh(step, slot_step, refresh_every))
+    epoch_count = clock[EPOCH] + renewed.any().int()
+    slot_epoch = torch.where(renewed, epoch_count, slot_epoch)
     epoch = torch.where(taken, slot_epoch, 0).sum(dtype=torch.int32)
     used_slot = torch.where(dense, -1, slot)
 
@@ -254,9 +258,10 @@ def advance(
             torch.where(taken, step, slot_step).to(torch.int32),
             slot_epoch.to(torch.int32),
             torch.where(taken, dense, slot_dense).to(torch.int32),
+            torch.where(begins, epoch_count, slot_began).to(torch.int32),
             now.view(torch.int32),
             torch.where(new, now, first).view(torch.int32),
-            torch.where((taken & fresh)[:, None], condition, known).reshape(-1),
+            torch.where(begins[:, None], condition, known).reshape(-1),
         ]
     )
     clock.copy_(updated)

@@ -114,9 +114,11 @@ def test_descriptors_are_of_what_tma_can_address(x: torch.Tensor, in_place: bool
 
 @pytest.mark.parametrize("name", ["list_visits", "record_visits", "queue_programs", "flag_biased"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_lists_compile(name: str, arch: int) -> None:
+@pytest.mark.parametrize("kinds", [False, True])
+def test_lists_compile(name: str, arch: int, kinds: bool) -> None:
     kernel = getattr(visit_lists, name)
-    constants = {size: rows for size, rows in (("TILE_Q", 192), ("TILE_K", 128)) if size in kernel.arg_names}
+    given = {"TILE_Q": 192, "TILE_K": 128, "HAS_KINDS": kinds} | ({} if kinds else {"key_tiles": None})
+    constants = {constant: value for constant, value in given.items() if constant in kernel.arg_names}
     types = {
         "state": "*i32",
         "now": "*i32",
@@ -126,6 +128,7 @@ def test_lists_compile(name: str, arch: int) -> None:
         "queue": "*i64",
         "key_bias": "*fp32",
         "flags": "*i8",
+        "key_tiles": "*i8",
     }
     types |= dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}
