@@ -294,8 +294,8 @@ def attend_reference(
                         above = torch.where(raised == -torch.inf, 0.0, raised)
                         mass = torch.exp2(s - above[:, None]).sum(1)
                         met = met * torch.exp2(running - above) + mass
-                        hidden = tile_max - running == -torch.inf  # all its scores are -inf, not all before it
-                        negligible = mass < share * met + hidden
+                        empty = tile_max - running == -torch.inf  # all its scores are -inf, not all before it
+                        negligible = mass < share * met + empty
                     marked[t] = bool(negligible.all())
                     argmax_tile = torch.where(tile_max > running, t, argmax_tile)
                     running = raised
