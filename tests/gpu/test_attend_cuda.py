@@ -266,8 +266,10 @@ def test_states_with_kinds_of_key_tiles_follow_the_reference(kernel: str) -> Non
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
         out, _ = attend(q, k, v, state, 1, -8.0, 128**-0.5, key_bias=bias, kernel=kernel, kinds=kinds)
-        given = (bias.cpu(), (), kinds.cpu())
-        reference, _ = attend_reference(*doubles, expected, now, 128**-0.5, torch.tensor(-8.0), tile, *given)
+        limit, kinds_there = torch.tensor(-8.0), kinds.cpu()
+        reference, _ = attend_reference(
+            *doubles, expected, now, 128**-0.5, limit, tile, bias.cpu(), key_tiles=kinds_there
+        )  # fmt: skip
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
         assert (ours != theirs).sum() <= 0.01 * ours.numel()

@@ -65,10 +65,12 @@ class Pair:
         threshold = torch.as_tensor(threshold, dtype=torch.float32)
         out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
         lse = torch.full(q.shape[:3], math.nan)
-        attend_triton(q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected, self.kinds)
+        attend_triton(
+            q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected, key_tiles=self.kinds
+        )
         exact = [x.double() for x in (q, k, v)]
         expected, expected_lse = attend_reference(
-            *exact, self.expected_state, now, scale, threshold, self.tile, bias, protected, self.kinds
+            *exact, self.expected_state, now, scale, threshold, self.tile, bias, protected, key_tiles=self.kinds
         )
         low, dense = (
             torch.nn.functional.scaled_dot_product_attention(
