@@ -100,7 +100,7 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
 
 
 def _tame(x: Tensor) -> Tensor:
-    """`x`, float64 or float32, with what would swallow all else in a sum replaced by small numbers that still tell it."""
+    """`x`, float64 or float32, with what would swallow all else in a sum replaced by small numbers that tell it."""
     size = x.abs().clamp(max=torch.finfo(x.dtype).max)
     x = torch.where(size > _LARGE, x.sign() * (_LARGE_CODE + size.clamp(min=1.0).log2()), x)
     return torch.where(x.isnan(), _NAN_CODE, x)
