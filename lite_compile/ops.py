@@ -33,10 +33,14 @@ MAX_PROTECTED = 4
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 Index = TypeVar("Index", int, Tensor)
+Kernel = Callable[..., None]
+"""Takes q, k, v, state, now, scale, threshold, tile, out and lse, then what else a kernel of ours takes."""
 Watcher = Callable[[Tensor, Tensor, Tensor, Tensor, float, TileShape, Tensor | None], None]
 
 watchers: list[Watcher] = []
 """Called with q, k, state, now, scale, tile and key_bias before attention is computed; see `attention_capture`."""
+intercept: Callable[[Kernel], Kernel] | None = None
+"""Gives what computes attention in place of a kernel; see `calibration.intercept`. None: nobody asks for it."""
 
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
@@ -140,7 +144,8 @@ def _attend_cpu(
     for watch in watchers:
         watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
-    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
+    attend = attend_cpu if intercept is None else intercept(attend_cpu)
+    attend(q, k, v, state, now, scale, threshold, tile, out, lse if return_lse else None, key_bias, protected)
     return out, lse
 
 
@@ -153,7 +158,7 @@ def _attend_cuda(
     from .kernels.select_kernel import cuda_kernel
 
     tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
-    attend = cuda_kernel(kernel_name)
+    attend = cuda_kernel(kernel_name) if intercept is None else intercept(cuda_kernel(kernel_name))
     for watch in watchers:
         watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
