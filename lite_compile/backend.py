@@ -11,6 +11,7 @@ from torch import fx
 
 from . import ops  # noqa: F401  (registers lite_compile::attend)
 from .announce import active_generation
+from .calibration.fingerprint import calling_modules
 from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .dense_layers import DenseLayers
@@ -107,6 +108,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams, settings.criterion, ranges)
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
+    modules = calling_modules(real_parameters(graph.graph))
+    settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
         threshold_table(settings.thresholds, tuple(layer.layer for layer in layers))
     graph.graph.lint()
