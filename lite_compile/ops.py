@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -38,6 +38,10 @@ Watcher = Callable[[Tensor, Tensor, Tensor, Tensor, float, TileShape, Tensor | N
 watchers: list[Watcher] = []
 """Called with q, k, state, now, scale, tile and key_bias before attention is computed; see `attention_capture`."""
 
+MAX_CHECKED = 1024
+_checked: set[Hashable] = set()
+"""What `_check` found right before: a check takes the host longer than the rest of a call."""
+
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, Tensor threshold, "
@@ -63,10 +67,29 @@ def _check(
     key_bias: Tensor | None, protected: Sequence[int],
 ) -> TileShape:  # fmt: skip
     """Kernels index memory by these shapes, so a wrong one has to end here. Returns the tile size."""
-    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
-    tile = TileShape(tile_q, tile_k)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias)):
         raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
+    kinds = (
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+        state.shape, state.dtype, state.device, state.is_contiguous(), now.shape, now.dtype, now.device,
+        now.is_contiguous(), threshold.shape, threshold.dtype, threshold.device, tile_q, tile_k,
+        None if key_bias is None else (key_bias.shape, key_bias.dtype, key_bias.device), *protected,
+    )  # fmt: skip
+    if kinds not in _checked:
+        _check_shapes(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked.add(kinds)
+    return TileShape(tile_q, tile_k)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: Tensor, tile_q: int, tile_k: int,
+    key_bias: Tensor | None, protected: Sequence[int],
+) -> None:  # fmt: skip
+    """All that `_check` looks at in shapes, dtypes, devices and numbers."""
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected)
+    tile = TileShape(tile_q, tile_k)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{shapes}; allowed: no empty dimension")
@@ -79,7 +102,6 @@ def _check(
         raise ValueError(f"now is {now.dtype} {tuple(now.shape)}; allowed: contiguous int32 ({NOW_WORDS},)")
     if key_bias is not None and (key_bias.shape[0] not in (1, q.shape[0]) or key_bias.shape[1] != k.shape[2]):
         raise ValueError(f"key_bias is {tuple(key_bias.shape)}; allowed: [B, Sk] or [1, Sk] with {shapes}")
-    return tile
 
 
 def _check_kinds(
