@@ -88,7 +88,7 @@ def _load_bias(pointers, inside):
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
     """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
@@ -116,6 +116,8 @@ def _consume(
     column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
     total = _sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    if BY_MASS:
+        threshold = gl.exp2(threshold) / k_tiles
     weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
 
     if QK_BITS == 8:
@@ -149,7 +151,10 @@ def _consume(
                 scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
         tile_max = gl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        negligible = tile_max - running <= threshold
+        if BY_MASS:
+            hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+        else:
+            negligible = tile_max - running <= threshold
         argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
         raised = gl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -157,7 +162,13 @@ def _consume(
         weights = gl.exp2(scores * factor - shift[:, None])
         decay = gl.exp2(running - shift)
         running = raised
-        total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
+        if BY_MASS:
+            mass = _sum_own(weights)
+            total = total * gl.convert_layout(decay, OWN)[:, None] + mass
+            # One exchange between the threads of a row, instead of one for each of the two sums.
+            negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
+        else:
+            total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
         weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
         weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), phase)
@@ -188,7 +199,8 @@ def _consume(
 def _attend_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
     heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, QUEUED: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
+    QUEUED: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
@@ -251,17 +263,17 @@ def _attend_kernel(
             (
                 _consume,
                 (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
         ],
@@ -304,6 +316,7 @@ class _Plan(NamedTuple):
 def _plan(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, device: int, streams: int,
     bias_rows: int | None, has_lse: bool, protected: tuple[int, ...], qk_dtype: str | None,
+    criterion: str, has_kinds: bool,
 ) -> _Plan:  # fmt: skip
     batch, heads, q_len, head_dim = q_shape
     kv_heads, k_len = k_shape[1:3]
@@ -321,10 +334,10 @@ def _plan(
     )  # fmt: skip
     bias_stride = 0 if bias_rows in (None, 1) else k_len
     lengths = (heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles, bias_stride)
-    tiles: dict[str, Any] = {"TILE_Q": HOPPER_TILE.q, "TILE_K": HOPPER_TILE.k}
+    tiles: dict[str, Any] = {"TILE_Q": HOPPER_TILE.q, "TILE_K": HOPPER_TILE.k, "HAS_KINDS": has_kinds}
     constants = {
         "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
-        "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "QUEUED": queued,
+        "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass", "QUEUED": queued,
     }  # fmt: skip
     return _Plan(
         programs, q_tiles, k_tiles, scratch, sizes, lengths,
@@ -339,7 +352,7 @@ def _plan(
 def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), qk_dtype: str | None = None,
+    protected: Sequence[int] = (), qk_dtype: str | None = None, criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -348,7 +361,7 @@ def attend_hopper(
             Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
         out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
-        state, now, scale, threshold, lse, key_bias, protected: as in `attend_triton`.
+        state, now, scale, threshold, lse, key_bias, protected, criterion, key_tiles: as in `attend_triton`.
         qk_dtype: name in `QK_DTYPES` of what q and k are rounded to for their product; None: nothing. The LSE is then
             that of the scores less the row's product with the mean key.
     """
@@ -369,11 +382,13 @@ def attend_hopper(
         lse is not None,
         tuple(protected),
         qk_dtype,
+        criterion,
+        key_tiles is not None,
     )
     buffer = plan.scratch.allocate(q.device)
     order, counts, notes, queue, biased = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
-    given: tuple[Any, ...] = (state, now, lse, threshold)
-    state_at, now_at, lse_at, limit_at = map(address_of, given) if plan.ready else given
+    given: tuple[Any, ...] = (state, now, key_tiles, lse, threshold)
+    state_at, now_at, kinds_at, lse_at, limit_at = map(address_of, given) if plan.ready else given
     q_scales = k_scales = None
     with torch.cuda.device_of(q):
         if qk_dtype is not None:
@@ -387,7 +402,7 @@ def attend_hopper(
         blocks = [
             tma_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))
         ]
-        plan.list_visits((plan.programs, 1, 1), (state_at, now_at, order, counts, notes, *plan.sizes))
+        plan.list_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, order, counts, notes, *plan.sizes))
         if plan.queue_programs is None:
             queue = counts
         else:
@@ -399,7 +414,7 @@ def attend_hopper(
                 order, notes, queue, *plan.lengths, scale * LOG2_E, limit_at,
             ),
         )  # fmt: skip
-        plan.record_visits((plan.programs, 1, 1), (state_at, now_at, counts, notes, *plan.sizes))
+        plan.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .attention_capture import AttentionCall, capture_attention
 from .backend import liteattention
-from .control import generation, reset, set_threshold
+from .control import generation, reset, set_ranges, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
 from .explanation import explain
@@ -44,6 +44,7 @@ __all__ = [
     "report",
     "reset",
     "save_report",
+    "set_ranges",
     "set_threshold",
     "stats",
     "unregister_spelling",
