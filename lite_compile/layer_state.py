@@ -17,7 +17,6 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
 from .density_history import history_shape
@@ -26,8 +25,6 @@ from .mask_watch import MaskWatch
 from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
 
-MAX_BINDINGS = 16
-"""Graphs and models that share a first layer and keep their states; beyond that the least recently used is dropped."""
 MAX_SHAPES = 8
 """Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
@@ -79,6 +76,8 @@ class Binding:
         """Whether a tensor is gone: its id may come back as another one's."""
         self._device = device
         self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
+        self._latest: tuple[tuple[LayerSpec, ...] | None, list[LayerState]] = None, []
+        """What was asked for last."""
         self.lock = threading.RLock()
         """Held during a call: two threads that use one model take turns."""
         self.clock = _zeros((words,), device)
@@ -101,7 +100,11 @@ class Binding:
 
     def serves(self, graph_key: Hashable, tensors: Sequence[Tensor]) -> bool:
         """Whether this is the graph, and these are the parameters and buffers that identify the model."""
-        return graph_key == self._graph_key and not self.expired and list(map(id, tensors)) == self._ids
+        return graph_key == self._graph_key and self.consists_of(tensors)
+
+    def consists_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters and buffers that identify the model."""
+        return not self.expired and list(map(id, tensors)) == self._ids
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
@@ -121,6 +124,8 @@ class Binding:
 
         `history` is the same at each call: it is part of the graph.
         """
+        if specs is self._latest[0]:
+            return self._latest[1]
         found = self._states.get(specs)
         if found is None:
             while len(self._states) >= MAX_SHAPES:
@@ -130,6 +135,7 @@ class Binding:
             found = [self._empty_state(spec, history) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
+        self._latest = specs, found
         return found
 
     def _empty_state(self, spec: LayerSpec, history: bool) -> LayerState:
@@ -148,6 +154,7 @@ class Binding:
         """Follow another clock from now on, with empty states; `names` of the layers in its module."""
         self.clock, self.names, self.mask_watch = clock, tuple(names), None
         self._states.clear()
+        self._latest = None, []
 
     def tensors(self) -> list[Tensor | None]:
         """The parameters and buffers that identify the model, the weights of the graph's layers first."""
@@ -183,34 +190,6 @@ def _expire(binding: weakref.ref[Binding], _: object) -> None:
 
 _registry: weakref.WeakSet[Binding] = weakref.WeakSet()
 _registry_lock = threading.RLock()
-_by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_calls = itertools.count(1)
-
-
-def find_binding(graph_key: Hashable, tensors: Sequence[Tensor], words: int, device: torch.device) -> Binding:
-    """The binding of the model that `tensors` identify, under the graph of that key; made on first use.
-
-    Args:
-        tensors: weights of the graph's rewritten layers, in their order, and all other parameters and buffers.
-        words: length of the clock.
-    """
-    with _registry_lock:
-        candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
-        found = next((binding for binding in candidates if binding.serves(graph_key, tensors)), None)
-        rewrites = 0
-        if found is not None:
-            candidates.remove(found)
-            if not found.unchanged(tensors):
-                rewrites = found.rewrites + 1
-                found = None
-        if found is None:
-            found = Binding(graph_key, tensors, words, device)
-        found.rewrites = rewrites
-        found.calls += 1
-        found.last_call = next(_calls)
-        living = [binding for binding in candidates if not binding.expired]
-        candidates[:] = [*living[-MAX_BINDINGS + 1 :], found]  # the least recently used go
-        return found
 
 
 def bindings(model: nn.Module | None = None) -> list[Binding]:
