@@ -8,7 +8,7 @@
 3. Constant thresholds on the same generations; at equal mean PSNR, how much sparser is calibrated, per seed.
 
 Nothing goes through Inductor, so that what differs is the attention alone. On a CPU: `--side 32
---steps 4 --prompts 1 --seeds 2` shows that it works.
+--steps 5 --prompts 1 --seeds 2 --no-times` shows that it works.
 """
 
 from __future__ import annotations
@@ -56,8 +56,10 @@ def draw_prompts(number: int, seed: int) -> list[Prompt]:
 class Measurement:
     """The held-out generations, dense once, and under any thresholds."""
 
-    def __init__(self, model: torch.nn.Module, run: Callable[[Prompt], Tensor], held_out: Sequence[Prompt]) -> None:
-        self._model, self._run, self._held_out = model, run, held_out
+    def __init__(
+        self, model: torch.nn.Module, run: Callable[[Prompt], Tensor], held_out: Sequence[Prompt], timed: bool
+    ) -> None:
+        self._model, self._run, self._held_out, self._timed = model, run, held_out, timed
         self._generations = Generations(model, run, with_prompt=True)
         self._dense = [self._generations.observe(prompt, Replay(None)) for prompt in held_out]
 
@@ -78,7 +80,7 @@ class Measurement:
         if budget is not None:
             found |= {"layer_steps": count, "within_budget": kept / count, "within_target": within / count}
         found |= {"mean_psnr": mean(found["psnr"]), "mean_density": statistics.mean(found["density"])}
-        return found | {"seconds": self.seconds(thresholds)}
+        return found | {"seconds": self.seconds(thresholds) if self._timed else math.nan}
 
     def seconds(self, thresholds: Thresholds) -> float:
         """Of one generation, nothing intercepted; the second of two."""
@@ -130,6 +132,7 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="*", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--constants", type=float, nargs="*", default=[-12.0, -8.0, -6.0, -4.5, -3.0])
     parser.add_argument("--psnr", type=float, nargs="*", default=[35.0])
+    parser.add_argument("--no-times", action="store_true", help="leave out the two generations per row that are timed")
     parser.add_argument("--side", type=int, help="pixels of the videos' sides; default: what the model was trained on")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     args = parser.parse_args()
@@ -159,7 +162,7 @@ def main() -> None:
     print(f"calibrated on {args.prompts} prompts, measured on {args.seeds} others; l1")
     print(f"{'':>16} {'budget':>7} {'target':>7} {'density':>8} {'seconds':>8} {'PSNR':>6}")
     given = draw_prompts(args.prompts, 1)
-    measurement = Measurement(model, run, draw_prompts(args.seeds, 1000))
+    measurement = Measurement(model, run, draw_prompts(args.seeds, 1000), not args.no_times)
     none = measurement.rows(Schedule.constant(-math.inf), None)
     say("-inf", none)
     constants = {}
