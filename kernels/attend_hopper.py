@@ -83,7 +83,7 @@ def _load_bias(pointers, inside):
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
     """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
@@ -111,6 +111,8 @@ def _consume(
     column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
     total = _sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    if BY_MASS:
+        threshold = gl.exp2(threshold) / k_tiles
     weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
 
     if QK_BITS == 8:
@@ -144,7 +146,10 @@ def _consume(
                 scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
         tile_max = gl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        negligible = tile_max - running <= threshold
+        if BY_MASS:
+            hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+        else:
+            negligible = tile_max - running <= threshold
         argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
         raised = gl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -152,7 +157,13 @@ def _consume(
         weights = gl.exp2(scores * factor - shift[:, None])
         decay = gl.exp2(running - shift)
         running = raised
-        total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
+        if BY_MASS:
+            mass = _sum_own(weights)
+            total = total * gl.convert_layout(decay, OWN)[:, None] + mass
+            # One exchange between the threads of a row, instead of one for each of the two sums.
+            negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
+        else:
+            total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
         weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
         weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), phase)
@@ -183,7 +194,7 @@ def _consume(
 def _attend_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
     heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
@@ -243,17 +254,17 @@ def _attend_kernel(
             (
                 _consume,
                 (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
         ],
@@ -270,7 +281,7 @@ _list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
 def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), qk_dtype: str | None = None,
+    protected: Sequence[int] = (), qk_dtype: str | None = None, criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -279,7 +290,7 @@ def attend_hopper(
             Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
         out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
-        state, now, scale, threshold, lse, key_bias, protected: as in `attend_triton`.
+        state, now, scale, threshold, lse, key_bias, protected, criterion, key_tiles: as in `attend_triton`.
         qk_dtype: name in `QK_DTYPES` of what q and k are rounded to for their product; None: nothing. The LSE is then
             that of the scores less the row's product with the mean key.
     """
@@ -302,10 +313,10 @@ def attend_hopper(
         state.shape[0], q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
         *range_arguments(protected),
     )  # fmt: skip
-    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k}
+    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k, "HAS_KINDS": key_tiles is not None}
     constants = {
         "EVEN_K": k_len % tile.k == 0, "HAS_LSE": lse is not None, "HAS_BIAS": key_bias is not None,
-        "QK_BITS": 8 * q.element_size() if qk_dtype is None else 8,
+        "QK_BITS": 8 * q.element_size() if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
     }  # fmt: skip
     q_scales = k_scales = biased = None
     with torch.cuda.device_of(q):
@@ -322,7 +333,9 @@ def attend_hopper(
         blocks = [
             tma_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))
         ]
-        _list_visits((programs,), order.dtype, (state, now, order, counts, notes, *sizes), tiles, num_warps=2)
+        _list_visits(
+            (programs,), order.dtype, (state, now, key_tiles, order, counts, notes, *sizes), tiles, num_warps=2
+        )
         _queue_programs((batch * heads,), None, (counts, queue, q_tiles), {}, num_warps=4)
         _attend(
             (programs,), (*variant, q.dtype),
@@ -332,7 +345,7 @@ def attend_hopper(
                 scale * LOG2_E, threshold,
             ), constants, num_warps=4,
         )  # fmt: skip
-        _record_visits((programs,), None, (state, now, counts, notes, *sizes), tiles, num_warps=2)
+        _record_visits((programs,), None, (state, now, key_tiles, counts, notes, *sizes), tiles, num_warps=2)
 
 
 def _in_rows(x: Tensor) -> Tensor:

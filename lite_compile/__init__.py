@@ -7,7 +7,7 @@ from .backend import liteattention
 from .calibration.calibrate import calibrate
 from .calibration.calibration_file import CalibratedThresholds, load_calibration
 from .calibration.result import Calibration
-from .control import generation, reset, set_threshold
+from .control import generation, reset, set_ranges, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
 from .explanation import explain
@@ -51,6 +51,7 @@ __all__ = [
     "report",
     "reset",
     "save_report",
+    "set_ranges",
     "set_threshold",
     "stats",
     "unregister_spelling",

@@ -2,7 +2,7 @@
 
 A history belongs to one layer and input shape: int64 `[streams, HISTORY_STEPS, 2]`, per stream and step the epoch that
 wrote the entry and the number of tiles of QK^T that the call computed, all batch entries and heads together. As in the
-skip state, an entry of another epoch counts as empty: a new generation need not clear anything.
+skip state, an entry of an earlier epoch counts as empty: a new generation need not clear anything.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ def record_density(histories: Sequence[Tensor], states: Sequence[Tensor], now: T
         history.copy_(torch.where(written, entry, history))
 
 
-def read_history(history: Tensor, epoch: int, steps: int, tiles: int) -> tuple[float | None, ...]:
+def read_history(history: Tensor, began: int, steps: int, tiles: int) -> tuple[float | None, ...]:
     """Density of each step of a stream's current generation; None where nothing was recorded.
 
     Args:
         history: int64 `[HISTORY_STEPS, 2]` of the stream.
-        epoch: of the stream in this generation.
+        began: first epoch of the stream in this generation; refreshes give it later ones.
         steps: how many the generation has seen.
         tiles: of QK^T, all batch entries and heads together.
     """
     entries = history[: min(steps, HISTORY_STEPS)].tolist()
-    return tuple(computed / tiles if writer == epoch else None for writer, computed in entries)
+    return tuple(computed / tiles if writer >= began else None for writer, computed in entries)

@@ -21,8 +21,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
 from .density_history import history_shape
+from .key_ranges import NO_RANGES, KeyRanges
 from .mask_watch import MaskWatch
-from .overrides import ThresholdsInForce
+from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
 
 MAX_BINDINGS = 16
@@ -82,6 +83,9 @@ class Binding:
         """Held during a call: two threads that use one model take turns."""
         self.clock = _zeros((words,), device)
         self.thresholds = ThresholdsInForce(device)
+        self.ranges = RangesInForce(device)
+        self.default_ranges = NO_RANGES
+        """Those that the model was compiled with."""
         self.rewrites = 0
         """How often in a row the model had other contents than at its call before."""
         self.calls = 0
@@ -153,6 +157,12 @@ class Binding:
         """The states for all shapes, the most recently used shape first."""
         recent = enumerate(reversed(list(self._states.values())))
         return [replace(state, latest=number == 0) for number, states in recent for state in states]
+
+    def check_ranges(self, ranges: KeyRanges) -> None:
+        """Raise `OptionValueError` if ranges that are to be set do not fit the graph or its layers."""
+        before = [override.ranges for override in overrides_of(self.tensors())]
+        combined = combine_ranges(self.default_ranges, [ranges, *before])
+        check_lengths(combined, [(state.layer, state.spec.k_len) for state in self.all_states()])
 
     def void(self) -> None:
         """Empty all skip masks."""

@@ -87,7 +87,7 @@ def skip_mask(state: LayerState, stream: int) -> Tensor:
 def _streams(state: LayerState) -> list[StreamStats]:
     clock = state.clock.cpu()
     generations = int(clock[GENERATION])
-    slot_generation, slot_step, slot_epoch, slot_dense = slot_table(clock, state.max_streams).tolist()
+    slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slot_table(clock, state.max_streams).tolist()
     k_tiles = tile_count(state.spec.k_len, state.spec.tile.k)
     found = []
     for slot in range(state.max_streams):
@@ -103,7 +103,7 @@ def _streams(state: LayerState) -> list[StreamStats]:
         steps = slot_step[slot] + 1
         history: tuple[float | None, ...] = ()
         if state.history is not None:
-            history = read_history(state.history[slot].cpu(), slot_epoch[slot], steps, tiles)
+            history = read_history(state.history[slot].cpu(), slot_began[slot], steps, tiles)
         counts = (steps, generations, calls, dense_calls, state.state.nbytes)
         found.append(StreamStats(state.layer, slot, density, *counts, history))
     return found

@@ -66,9 +66,9 @@ class RootCall:
     """`latest_override()` when the call began."""
     number: int = field(default_factory=lambda: next(_numbers))
 
-    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
-        """The root's clock for that many streams and those dense steps."""
-        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps)
+    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int) -> RootClock:
+        """The root's clock for that many streams, those dense steps and refreshes."""
+        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps, refresh_every)
 
     @property
     def module(self) -> nn.Module:
@@ -84,8 +84,10 @@ class RootCall:
 class RootClock:
     """A clock outside of the graphs, and where the current call stands by it."""
 
-    def __init__(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> None:
-        self._max_streams, self._dense_steps = max_streams, dense_steps
+    def __init__(
+        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
+    ) -> None:
+        self._max_streams, self._dense_steps, self._refresh_every = max_streams, dense_steps, refresh_every
         self._call = 0
         self._identified: dict[tuple[int, ...], tuple[list[Any], Tensor]] = {}
         with torch.inference_mode(False):
@@ -102,7 +104,8 @@ class RootClock:
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
                 t = given.timestep
                 timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
-                now = advance(self.clock, latents, timestep, conditions, self._max_streams, self._dense_steps)
+                rules = (self._max_streams, self._dense_steps, self._refresh_every)
+                now = advance(self.clock, latents, timestep, conditions, *rules)
                 self.now.copy_(now)
         return self.now
 
@@ -125,15 +128,19 @@ class Root:
         self._clocks: dict[tuple[Hashable, ...], RootClock] = {}
         self._override = latest_override()
         self.call: RootCall | None = None
+        self.layers: tuple[str, ...] = ()
+        """Names of the rewritten layers that have run so far, in the order in which the module holds them."""
         self._contents = _Contents(module)
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
 
-    def clock(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
-        """The clock for that many streams and conditioning inputs, and those dense steps."""
-        key = (max_streams, conditions, device, *dense_steps.key)
+    def clock(
+        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
+    ) -> RootClock:
+        """The clock for that many streams and conditioning inputs, those dense steps and refreshes."""
+        key = (max_streams, conditions, device, *dense_steps.key, refresh_every)
         if key not in self._clocks:
-            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps)
+            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps, refresh_every)
         return self._clocks[key]
 
     def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -155,6 +162,19 @@ class Root:
             if changed or (override != before and touching_override(_tensors(module)) > before):
                 for clock in self._clocks.values():
                     clock.clock[RESET].fill_(1)
+
+    def add_layers(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Let `layers` have these names as well."""
+        if set(names) <= set(self.layers):
+            return
+        places = {name.replace("_orig_mod.", ""): place for place, (name, _) in enumerate(module.named_modules())}
+
+        def place(layer: str) -> int:
+            while layer not in places:  # what is made up stands below a module; the root's own name is empty
+                layer = layer.rpartition(".")[0]
+            return places[layer]
+
+        self.layers = tuple(sorted(dict.fromkeys((*self.layers, *names)), key=place))
 
     def leave(self, frame: FrameType) -> None:
         """A call is over."""

@@ -17,6 +17,8 @@ from torch import Tensor, fx
 from .announce import tell_steps
 from .clock import RESET
 from .clock_source import ClockSource
+from .dense_layers import NO_DENSE_LAYERS, DenseLayers, choose_layers
+from .key_ranges import NO_RANGES, KeyRanges, range_table
 from .layer_state import Binding, LayerSpec, find_binding
 from .mask_watch import MaskWatch
 from .options import LayerNames
@@ -114,6 +116,12 @@ class StateInputs:
     """Which layers may use their state, if the names that the graph knows are parts of names."""
     thresholds: Thresholds
     dense_steps: DenseSteps
+    refresh_every: int = 0
+    """Steps between two that mark anew; 0: none does."""
+    dense_layers: DenseLayers | frozenset[str] = NO_DENSE_LAYERS
+    """Layers that skip nothing: their names or, where these are known late, what they follow from."""
+    ranges: KeyRanges = NO_RANGES
+    """Ranges of keys; where there are any, their table follows that of the thresholds."""
     history: bool = False
     """Whether one density history per layer follows the states."""
     masks: tuple[fx.Node, ...] = ()
@@ -128,13 +136,23 @@ class StatefulGraph:
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
-        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key)
+        self._key = (
+            graph_key(graph),
+            state.thresholds,
+            *state.dense_steps.key,
+            state.refresh_every,
+            state.dense_layers,
+            state.ranges,
+        )
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
-        self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
+        self._thresholds = state.thresholds
+        self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
+        self._dense_layers, self._ranges = state.dense_layers, state.ranges
+        self._no_ranges = range_table(NO_RANGES).to(state.device)
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -145,6 +163,7 @@ class StatefulGraph:
         self._fresh_in_a_row, self._warned = 0, False
         self._resolver = SizeResolver(inputs)
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
+        self._lengths: dict[tuple[LayerSpec, ...], list[tuple[str, int]]] = {}
         self._specs: dict[tuple[tuple[int, ...], ...], tuple[LayerSpec, ...]] = {}
 
     def __call__(self, *args: Any) -> Any:
@@ -154,14 +173,18 @@ class StatefulGraph:
         with binding.lock:
             clock = self._follow_root(binding, args) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
-            states = binding.states(self._resolve(args), self._history)
+            specs = self._resolve(args)
+            states = binding.states(specs, self._history)
             histories = [state.history for state in states] if self._history else []
-            thresholds = self._no_thresholds if table is None else table
-            return self._compiled(*args, clock, thresholds, *(state.state for state in states), *histories)
+            tables = [self._no_thresholds if table is None else table]
+            if self._ranges.any:
+                tables.append(self._range_table(binding, specs))
+            return self._compiled(*args, clock, *tables, *(state.state for state in states), *histories)
 
     def _own_clock(self, binding: Binding) -> Tensor:
         """The clock that the graph advances or, if the user drives it, reads."""
-        changed = self._follow_thresholds(binding, latest_override())
+        number = latest_override()
+        changed = self._follow_ranges(binding, number) | self._follow_thresholds(binding, number)
         if self._source is ClockSource.ANNOUNCED:
             if changed:
                 binding.void()
@@ -173,8 +196,25 @@ class StatefulGraph:
             self._tell_steps(binding, binding.clock)
         return binding.clock
 
-    def _follow_thresholds(self, binding: Binding, number: int) -> bool:
-        return binding.thresholds.update(self._thresholds, binding.names or self._layer_names, binding.tensors, number)
+    def _follow_thresholds(self, binding: Binding, number: int, layers: tuple[str, ...] = ()) -> bool:
+        """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
+        rule, names = self._dense_layers, binding.names or self._layer_names
+        exact = rule if isinstance(rule, frozenset) else choose_layers(rule, layers) if rule.any else frozenset()
+        return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
+
+    def _follow_ranges(self, binding: Binding, number: int) -> bool:
+        if not self._ranges.any:
+            return False
+        binding.default_ranges = self._ranges
+        return binding.ranges.update(self._ranges, binding.tensors, number)
+
+    def _range_table(self, binding: Binding, specs: tuple[LayerSpec, ...]) -> Tensor:
+        """The table of the ranges, none for layers that the options exclude."""
+        table = binding.ranges.table
+        if table is None or not all(map(self._names.allow, binding.names)):
+            return self._no_ranges
+        binding.ranges.check(self._lengths[specs])
+        return table
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
         anchor = binding.tensors()[0] if self._dense_steps.count_last else None
@@ -184,14 +224,18 @@ class StatefulGraph:
     def _follow_root(self, binding: Binding, args: Sequence[Any]) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
+        if self._follow_ranges(binding, latest_override() if call is None else call.override):
+            binding.void()
         if call is None:
             return self._dense
-        root = call.clock(self._max_streams, self._device, self._dense_steps)
+        root = call.clock(self._max_streams, self._device, self._dense_steps, self._refresh_every)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone.
-        if self._follow_thresholds(binding, call.override):
+            call.root.add_layers(call.module, list(filter(self._names.allow, binding.names)))
+        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
+        # a layer that ran for the first time shows that this one is not the last.
+        if self._follow_thresholds(binding, call.override, call.root.layers):
             binding.void()
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not all(map(self._names.allow, binding.names)):
@@ -225,4 +269,5 @@ class StatefulGraph:
                 for (layer, tile), (*shape, q_len, k_len) in zip(self._layers, resolved, strict=True)
             )
             self._specs[resolved] = specs
+            self._lengths[specs] = [(spec.layer, spec.k_len) for spec in specs]
         return specs

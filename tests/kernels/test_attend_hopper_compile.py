@@ -30,7 +30,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         return f"tensordesc<{ELEMENTS[kind]}[{','.join(map(str, shape))}],{layout!r}>"
 
     kernel = attend_hopper._attend_kernel
-    fixed: dict[str, Any] = {"EVEN_K": False, "HAS_LSE": False, "HAS_BIAS": False, **constants}
+    fixed: dict[str, Any] = {"EVEN_K": False, "HAS_LSE": False, "HAS_BIAS": False, "BY_MASS": False, **constants}
     fixed["QK_BITS"] = 8 * qk.itemsize
     optional = {
         "lse": fixed["HAS_LSE"],
@@ -67,17 +67,19 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     ],
     ids=str,
 )
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
 def test_compiles_for_hopper(
-    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None
-) -> None:
+    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None,
+    by_mass: bool,
+) -> None:  # fmt: skip
     """`spilled`: most bytes that may be; None: any number.
 
     At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills nothing without a bias, 3.9 some bytes.
     """
-    build = compile_offline(dtype, head_dim, qk, **constants)
+    build = compile_offline(dtype, head_dim, qk, BY_MASS=by_mass, **constants)
     print(
-        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants}: {build.registers} registers, "
-        f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
+        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants} mass={by_mass}: "
+        f"{build.registers} registers, {build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
     )
     assert build.shared_bytes <= SHARED_KB * 1024
     assert "wgmma.mma_async" in build.ptx
@@ -112,9 +114,11 @@ def test_descriptors_are_of_what_tma_can_address(x: torch.Tensor, in_place: bool
 
 @pytest.mark.parametrize("name", ["list_visits", "record_visits", "queue_programs", "flag_biased"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_lists_compile(name: str, arch: int) -> None:
+@pytest.mark.parametrize("kinds", [False, True])
+def test_lists_compile(name: str, arch: int, kinds: bool) -> None:
     kernel = getattr(visit_lists, name)
-    constants = {size: rows for size, rows in (("TILE_Q", 192), ("TILE_K", 128)) if size in kernel.arg_names}
+    given = {"TILE_Q": 192, "TILE_K": 128, "HAS_KINDS": kinds} | ({} if kinds else {"key_tiles": None})
+    constants = {constant: value for constant, value in given.items() if constant in kernel.arg_names}
     types = {
         "state": "*i32",
         "now": "*i32",
@@ -124,6 +128,7 @@ def test_lists_compile(name: str, arch: int) -> None:
         "queue": "*i64",
         "key_bias": "*fp32",
         "flags": "*i8",
+        "key_tiles": "*i8",
     }
     types |= dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}

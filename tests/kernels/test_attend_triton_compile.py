@@ -32,19 +32,30 @@ class Build(NamedTuple):
 
 
 def compile_offline(
-    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False
-) -> Build:
+    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False,
+    has_kinds: bool = False, by_mass: bool = False,
+) -> Build:  # fmt: skip
     """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
     kernel = attend_triton._attend_kernel
     config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
         "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
+        "BY_MASS": by_mass, "HAS_KINDS": has_kinds,
     }  # fmt: skip
     if not has_bias:
         constants["key_bias"] = None
+    if not has_kinds:
+        constants["key_tiles"] = None
     types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
-    types |= {"key_bias": "*fp32", "lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
+    types |= {
+        "key_bias": "*fp32",
+        "lse": "*fp32",
+        "state": "*i32",
+        "now": "*i32",
+        "scratch": "*i16",
+        "key_tiles": "*i8",
+    }
     types |= {"qk_scale": "fp32", "threshold": "*fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     pointers = [name for name, kind in signature.items() if kind.startswith("*") and name != "threshold"]
@@ -72,11 +83,15 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     [(arch, BF16, head_dim) for arch in (80, 89, 90, 100) for head_dim in (64, 128)]
     + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
 )
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
-    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias)
+@pytest.mark.parametrize(("has_bias", "has_kinds"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
+def test_compiles_for(
+    arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, has_kinds: bool, by_mass: bool
+) -> None:
+    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias, has_kinds=has_kinds, by_mass=by_mass)
     print(
-        f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {build.registers} registers, "
+        f"sm_{arch} {dtype} D={head_dim} bias={has_bias} kinds={has_kinds} mass={by_mass}: "
+        f"{build.registers} registers, "
         f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
         f"{build.ptx.count('cp.async.cg')} cp.async"
     )
