@@ -38,11 +38,12 @@ from moving_digits.sampling import generate
 
 import lite_compile
 from lite_compile import Schedule
-from lite_compile.calibration.budget import Budget
+from lite_compile.calibration.budget import Budget, default_share
 from lite_compile.calibration.generations import Generations
 from lite_compile.calibration.replay import Replay, mean_density
 from lite_compile.schedule import Thresholds
 
+SHARES = {"default": default_share, "flat": lambda fraction: 1.0, "falling": lambda fraction: 1 - 0.75 * fraction}
 Prompt = tuple[str, int]
 """A prompt and its seed."""
 
@@ -132,11 +133,13 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="*", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--constants", type=float, nargs="*", default=[-12.0, -8.0, -6.0, -4.5, -3.0])
     parser.add_argument("--psnr", type=float, nargs="*", default=[35.0])
+    parser.add_argument("--share", choices=SHARES, default="default", help="of the budget along the trajectory")
     parser.add_argument("--no-times", action="store_true", help="leave out the two generations per row that are timed")
     parser.add_argument("--side", type=int, help="pixels of the videos' sides; default: what the model was trained on")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     args = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    share = SHARES[args.share]
     begin = time.perf_counter()
     setting = setting_of(args.weights)
     setting = replace(setting, side=args.side or setting.side)
@@ -172,15 +175,15 @@ def main() -> None:
     calibrated = {}
     for target in args.targets:
         start = time.perf_counter()
-        found = lite_compile.calibrate(model, run, target, prompts=given)
+        found = lite_compile.calibrate(model, run, target, prompts=given, share=share)
         row = {"calibration_seconds": time.perf_counter() - start, "calibration_met": found.met, "cost": found.cost}
-        row |= measurement.rows(found.thresholds, Budget(target, "l1"))
+        row |= measurement.rows(found.thresholds, Budget(target, "l1", share))
         row["against_constant"] = compare(row, constants)
         calibrated[target] = row
         say(f"l1 {target:g}", row)
     quality = {}
     for target in args.psnr:
-        found = lite_compile.calibrate(model, run, prompts=given, target_psnr=target, value_range=(0, 1))
+        found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
         assert found.quality is not None
         row = {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
         row |= measurement.rows(found.thresholds, None)
@@ -205,7 +208,8 @@ def main() -> None:
         record = {
             "device": device, "torch": torch.__version__, "commit": os.environ.get("LITE_COMMIT", "unknown"),
             "setting": setting.name, "tokens": setting.tokens, "dtype": str(dtype), "steps": args.steps,
-            "calibration_prompts": given, "seconds": time.perf_counter() - begin, "nothing_skipped": none,
+            "calibration_prompts": given, "share": args.share,
+            "seconds": time.perf_counter() - begin, "nothing_skipped": none,
             "constants": constants, "calibrated": calibrated, "psnr_targets": quality,
         }  # fmt: skip
         args.json.write_text(json.dumps(record, indent=1) + "\n")
