@@ -56,6 +56,7 @@ def set_threshold(model: nn.Module, threshold: Any) -> None:
     parts = [binding for binding in bindings(original) if binding.is_part_of(original)]
     thresholds.check_model([original], [layer for binding in parts for layer in binding.thresholds.layers])
     for binding in parts:
+        thresholds.check_criterion(binding.thresholds.criterion)
         threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
     override(original, thresholds)
 

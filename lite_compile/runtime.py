@@ -127,6 +127,7 @@ class StateInputs:
     """Whether one history of what was dropped per layer follows them."""
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
+    criterion: str = "max"
 
 
 class StatefulGraph:
@@ -154,6 +155,7 @@ class StatefulGraph:
         self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
         self._dense_layers, self._ranges = state.dense_layers, state.ranges
         self._no_ranges = range_table(NO_RANGES).to(state.device)
+        self._criterion = state.criterion
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -201,6 +203,7 @@ class StatefulGraph:
 
     def _follow_thresholds(self, binding: Binding, number: int, layers: tuple[str, ...] = ()) -> bool:
         """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
+        binding.thresholds.criterion = self._criterion
         rule, names = self._dense_layers, binding.names or self._layer_names
         exact = rule if isinstance(rule, frozenset) else choose_layers(rule, layers) if rule.any else frozenset()
         return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)

@@ -167,6 +167,32 @@ def replayed_errors_of_one_layer(model: nn.Module, run: Run) -> dict[int, float]
     return found
 
 
+@pytest.mark.parametrize("options", [{"criterion": "mass"}, {"refresh_every": 3}, {"must_skip": [(512, 640)]}])
+def test_it_works_with_other_options(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_wan()
+    run = make_run(compiled(model, **options))
+    found = lite_compile.calibrate(model, run, 0.02, out=tmp_path / "wan.toml", prompts=[0])
+    assert found.met == 1
+    assert found.density < 1
+    lite_compile.set_threshold(model, tmp_path / "wan.toml")
+    run(0)
+    assert lite_compile.load_calibration(tmp_path / "wan.toml").criterion == options.get("criterion", "max")
+
+
+@pytest.mark.parametrize("options", [{"exclude_layers": ["blocks.0.*"]}, {"dense_layers": ["blocks.0.*"]}])
+@pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
+def test_layers_that_the_options_leave_out(compile_model: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    """The file serves the model under the same options."""
+    model = tiny_wan()
+    run = make_run(compile_model(model, **options))
+    found = lite_compile.calibrate(model, run, 0.02, out=tmp_path / "wan.toml", prompts=[0])
+    assert set(found.errors) == {"blocks.1.attn1"}
+    torch._dynamo.reset()
+    again = tiny_wan()
+    make_run(compile_model(again, threshold=tmp_path / "wan.toml", **options))(0)
+    assert lite_compile.stats(again).density < 1
+
+
 def test_the_share_can_be_replaced() -> None:
     model = tiny_wan()
     run = make_run(compiled(model))
@@ -361,7 +387,7 @@ def attend_two_streams(handle: Callable[[str, AttendCall], None], step: int, sta
         (bits,) = struct.unpack("i", struct.pack("f", fraction))
         now = torch.tensor([1 + slot, step, slot, 1, bits], dtype=torch.int32)
         call = AttendCall(
-            attend_cpu, (q, k, v), state, now, 0.25, torch.tensor([math.nan]), TileShape(32, 32), torch.empty_like(q),
+            attend_cpu, (q, k, v), state, now, 0.25, torch.tensor([-1.0]), TileShape(32, 32), torch.empty_like(q),
             None, (), {}, 1 + slot, slot, fraction,
         )  # fmt: skip
         handle("x", call)
