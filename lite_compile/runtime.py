@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import sympy
@@ -34,6 +34,12 @@ from .trajectory import DenseSteps
 Size = int | torch.SymInt
 MAX_REWRITES, MAX_FRESH = 16, 512
 """So many calls in a row without any mask to use are no coincidence; one graph may serve a hundred blocks."""
+
+
+@lru_cache(maxsize=256)
+def _choose_layers(rule: DenseLayers, names: LayerNames, layers: tuple[str, ...]) -> frozenset[str]:
+    """Those of a model's layers that skip nothing; excluded ones do not count."""
+    return choose_layers(rule, tuple(filter(names.allow, layers))) if rule.any else frozenset()
 
 
 class SizeResolver:
@@ -205,7 +211,7 @@ class StatefulGraph:
         """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
         binding.thresholds.criterion = self._criterion
         rule, names = self._dense_layers, binding.names or self._layer_names
-        exact = rule if isinstance(rule, frozenset) else choose_layers(rule, layers) if rule.any else frozenset()
+        exact = rule if isinstance(rule, frozenset) else _choose_layers(rule, self._names, layers)
         return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
 
     def _follow_ranges(self, binding: Binding, number: int) -> bool:
@@ -238,7 +244,7 @@ class StatefulGraph:
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-            call.root.add_layers(call.module, list(filter(self._names.allow, binding.names)))
+            call.root.add_layers(call.module, binding.names)
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.
         if self._follow_thresholds(binding, call.override, call.root.layers):
