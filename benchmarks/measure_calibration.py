@@ -165,13 +165,27 @@ def main() -> None:
     print(f"calibrated on {args.prompts} prompts, measured on {args.seeds} others; l1")
     print(f"{'':>16} {'budget':>7} {'target':>7} {'density':>8} {'seconds':>8} {'PSNR':>6}")
     given = draw_prompts(args.prompts, 1)
+    record: dict[str, Any] = {
+        "device": device, "torch": torch.__version__, "commit": os.environ.get("LITE_COMMIT", "unknown"),
+        "setting": setting.name, "tokens": setting.tokens, "dtype": str(dtype), "steps": args.steps,
+        "calibration_prompts": given, "share": args.share,
+    }  # fmt: skip
+
+    def save(**found: Any) -> None:
+        """After each row, so that a run that is cut short leaves what it measured."""
+        record.update(found, seconds=time.perf_counter() - begin)
+        if args.json:
+            args.json.write_text(json.dumps(record, indent=1) + "\n")
+
     measurement = Measurement(model, run, draw_prompts(args.seeds, 1000), not args.no_times)
     none = measurement.rows(Schedule.constant(-math.inf), None)
     say("-inf", none)
+    save(nothing_skipped=none)
     constants = {}
     for threshold in args.constants:
         constants[threshold] = measurement.rows(Schedule.constant(threshold), None)
         say(f"constant {threshold:g}", constants[threshold])
+        save(constants=constants)
     calibrated = {}
     for target in args.targets:
         start = time.perf_counter()
@@ -181,6 +195,7 @@ def main() -> None:
         row["against_constant"] = compare(row, constants)
         calibrated[target] = row
         say(f"l1 {target:g}", row)
+        save(calibrated=calibrated)
     quality = {}
     for target in args.psnr:
         found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
@@ -191,6 +206,7 @@ def main() -> None:
         row["against_constant"] = compare(row, constants)
         quality[target] = row
         say(f"PSNR {target:g}", row)
+        save(psnr_targets=quality)
         print(f"{'':>16} {row['share_met']:.0%} of the held-out generations reach {target:g} dB")
     for name, row in [(f"l1 {t:g}", r) for t, r in calibrated.items()] + [
         (f"PSNR {t:g}", r) for t, r in quality.items()
@@ -204,15 +220,6 @@ def main() -> None:
             f"{found_equal['constant']:.1f} of equal mean PSNR ({found_equal['constant_density']:.3f}); sparser on "
             f"{found_equal['seeds_where_sparser']} of {found_equal['seeds']} seeds"
         )
-    if args.json:
-        record = {
-            "device": device, "torch": torch.__version__, "commit": os.environ.get("LITE_COMMIT", "unknown"),
-            "setting": setting.name, "tokens": setting.tokens, "dtype": str(dtype), "steps": args.steps,
-            "calibration_prompts": given, "share": args.share,
-            "seconds": time.perf_counter() - begin, "nothing_skipped": none,
-            "constants": constants, "calibrated": calibrated, "psnr_targets": quality,
-        }  # fmt: skip
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
-from .launch import Launcher, kinds
+from .launch import Launch, Launcher, address_of, kinds
 from .visit_lists import COMPUTED, EPOCH, HEADER, SIZES, find_row, is_free, range_arguments, write_marks, write_order
 
 _LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E)
@@ -254,6 +255,66 @@ def triton_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
 _attend = Launcher(_attend_kernel)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from shapes, strides, dtypes and options alone."""
+
+    programs: int
+    device: int
+    index: torch.dtype
+    scratch_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """`_attend_kernel`'s, all of them."""
+    sizes: tuple[int, ...]
+    """`_attend_kernel`'s, from `streams` to `end_3`."""
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    name: tuple[Hashable, ...]
+    """Of the compiled variant, but for alignment."""
+    _launches: dict[tuple[bool, ...], Launch] = field(default_factory=dict)
+
+    def launch(self, aligned: tuple[bool, ...]) -> Launch:
+        """The launch for pointers of which these are multiples of 16."""
+        if aligned not in self._launches:
+            self._launches[aligned] = _attend.variant(
+                self.device, (*self.name, aligned), self.constants, **self.options
+            )
+        return self._launches[aligned]
+
+
+@functools.lru_cache(256)
+def _plan(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...], out_strides: tuple[int, ...], dtype: torch.dtype, device: int, tile: TileShape,
+    streams: int, bias_rows: int | None, has_lse: bool, protected: tuple[int, ...],
+    criterion: str, has_kinds: bool,
+) -> _Plan:  # fmt: skip
+    """`device`: index of the GPU; -1 under Triton's interpreter, which runs on CPU tensors."""
+    batch, heads, q_len, head_dim = q_shape
+    kv_heads, k_len = k_shape[1:3]
+    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
+    programs, layout = batch * heads * q_tiles, row_layout(k_tiles)
+    index = torch.int16 if k_tiles < 2**15 else torch.int32
+    config = _launch_config(torch.cuda.get_device_capability(device) if device >= 0 else (8, 0), dtype, head_dim)
+    strides = (
+        *q_strides[:3], *k_strides[:3], *v_strides[:3], *out_strides[:3], 0 if bias_rows in (None, 1) else k_len
+    )  # fmt: skip
+    sizes = (
+        streams, heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles,
+        layout.words, layout.anchor_words, layout.anchor_group, *range_arguments(protected),
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
+        "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": bias_rows is not None, "HAS_LSE": has_lse,
+        "BY_MASS": criterion == "mass", "HAS_KINDS": has_kinds,
+    }  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return _Plan(
+        programs, device, index, (programs, 2, k_tiles), strides, sizes, constants, options,
+        (dtype, index, kinds(strides)),
+    )  # fmt: skip
+
+
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
@@ -276,34 +337,20 @@ def attend_triton(
         criterion: "max" or "mass", as there.
         key_tiles: contiguous int8 `[k_tiles]`, the kind of each key tile, as there.
     """
-    batch, heads, q_len, head_dim = q.shape
-    k_len = k.shape[2]
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     # Offsets within a tile are computed in 32 bits.
     q, k, v = (x if x.stride(3) == 1 and max(tile) * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v))
-    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
-    layout = row_layout(k_tiles)
-    programs = batch * heads * q_tiles
-    scratch = state.new_empty((programs, 2, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
-    # Triton's interpreter runs on CPU tensors.
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    config = _launch_config(capability, q.dtype, head_dim)
     key_bias = None if key_bias is None else key_bias.contiguous()
-    specialised = (
-        q, k, v, key_bias, key_tiles, out, lse, state, now, scratch,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
+    plan = _plan(
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), q.dtype, q.get_device(), tile,
+        state.shape[0], None if key_bias is None else key_bias.shape[0], lse is not None, tuple(protected),
+        criterion, key_tiles is not None,
     )  # fmt: skip
-    arguments = (
-        *specialised, state.shape[0], heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
-        layout.words, layout.anchor_words, layout.anchor_group, *range_arguments(protected), scale * LOG2_E, threshold,
-    )  # fmt: skip
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
-        "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": key_bias is not None, "HAS_LSE": lse is not None,
-        "BY_MASS": criterion == "mass", "HAS_KINDS": key_tiles is not None,
-    }  # fmt: skip
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    scratch = state.new_empty(plan.scratch_shape, dtype=plan.index)
+    tensors = (q, k, v, key_bias, key_tiles, out, lse, state, now, scratch)
+    addresses = tuple(map(address_of, tensors))
+    launch = plan.launch(tuple([address is None or address % 16 == 0 for address in addresses]))
+    pointers, limit = (addresses, threshold.data_ptr()) if launch.ready else (tensors, threshold)
     with torch.cuda.device_of(q):
-        _attend((programs,), kinds(specialised), arguments, constants, **options)
+        launch((plan.programs, 1, 1), (*pointers, *plan.strides, *plan.sizes, scale * LOG2_E, limit))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import TypeVar
 
 import torch
@@ -46,6 +46,10 @@ watchers: list[Watcher] = []
 intercept: Callable[[Kernel], Kernel] | None = None
 """Gives what computes attention in place of a kernel; see `calibration.intercept`. None: nobody asks for it."""
 
+MAX_CHECKED = 1024
+_checked: set[Hashable] = set()
+"""What `_check` found right before: a check takes the host longer than the rest of a call."""
+
 _library = torch.library.Library("lite_compile", "DEF")
 _library.define(
     "attend(Tensor q, Tensor k, Tensor v, Tensor(a!) state, Tensor now, float scale, Tensor threshold, "
@@ -71,10 +75,31 @@ def _check(
     key_bias: Tensor | None, protected: Sequence[int], criterion: str, key_tiles: Tensor | None,
 ) -> TileShape:  # fmt: skip
     """Kernels index memory by these shapes, so a wrong one has to end here. Returns the tile size."""
-    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected, criterion, key_tiles)
-    tile = TileShape(tile_q, tile_k)
     if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (q, k, v, key_bias)):
         raise RuntimeError("lite_compile::attend has no backward; call it under torch.no_grad()")
+    kinds = (
+        q.shape, q.dtype, q.device, k.shape, k.dtype, k.device, v.shape, v.dtype, v.device,
+        state.shape, state.dtype, state.device, state.is_contiguous(), now.shape, now.dtype, now.device,
+        now.is_contiguous(), threshold.shape, threshold.dtype, threshold.device, tile_q, tile_k, criterion,
+        None if key_bias is None else (key_bias.shape, key_bias.dtype, key_bias.device),
+        None if key_tiles is None else (key_tiles.shape, key_tiles.dtype, key_tiles.device, key_tiles.is_contiguous()),
+        *protected,
+    )  # fmt: skip
+    if kinds not in _checked:
+        _check_shapes(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected, criterion, key_tiles)
+        if len(_checked) >= MAX_CHECKED:
+            _checked.clear()
+        _checked.add(kinds)
+    return TileShape(tile_q, tile_k)
+
+
+def _check_shapes(
+    q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, threshold: Tensor, tile_q: int, tile_k: int,
+    key_bias: Tensor | None, protected: Sequence[int], criterion: str, key_tiles: Tensor | None,
+) -> None:  # fmt: skip
+    """All that `_check` looks at in shapes, dtypes, devices and numbers."""
+    _check_kinds(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected, criterion, key_tiles)
+    tile = TileShape(tile_q, tile_k)
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if 0 in q.shape or 0 in k.shape:
         raise ValueError(f"{shapes}; allowed: no empty dimension")
@@ -90,7 +115,6 @@ def _check(
     k_tiles = tile_count(k.shape[2], tile.k)
     if key_tiles is not None and (key_tiles.shape != (k_tiles,) or not key_tiles.is_contiguous()):
         raise ValueError(f"key_tiles is {tuple(key_tiles.shape)}; allowed: contiguous int8 ({k_tiles},)")
-    return tile
 
 
 def _check_kinds(
