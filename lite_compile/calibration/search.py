@@ -24,7 +24,7 @@ from .intercept import AttendCall
 
 FLOOR = -30.0
 """The most careful candidate: what it skips weighs nothing, and unlike -inf it can be interpolated."""
-FIRST = (-16.0, -12.0, -9.0, -6.5, -4.5, -2.5)
+FIRST = (-14.0, -10.0, -7.0, -4.5, -2.5, 0.0)
 AROUND = (-3.0, -1.0, 0.0, 1.5)
 """Later candidates, from the layer's last threshold."""
 BELOW = (-3.0, -1.0, 0.0)
