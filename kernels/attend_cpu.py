@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import first_tile, touched_tiles, usable_threshold
+from ..ops import COMPUTED_TILE, HIDDEN_TILE, first_tile, touched_tiles, usable_threshold
 from ..skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -53,18 +53,19 @@ class Plan(NamedTuple):
 
 
 def plan_visits(
-    rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, q_protected: Tensor, k_protected: Tensor
+    rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, q_protected: Tensor, k_protected: Tensor, hidden: Tensor
 ) -> Plan:
     """Decode state `rows` (int32 `[B, H, q_tiles, row_words]`) and order the visits around `first` (`[q_tiles]`).
 
     Args:
         q_protected, k_protected: bool `[q_tiles]` and `[k_tiles]`: tiles that touch protected positions.
+        hidden: bool `[k_tiles]`: tiles that are never computed.
     """
     k_tiles = k_protected.shape[0]
     alive = (rows[..., EPOCH_WORD, None] == epoch) & ~q_protected[:, None]
     tiles = torch.arange(k_tiles)
     protected = (q_protected[:, None] | k_protected).expand(*rows.shape[:3], k_tiles)
-    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive & ~protected
+    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive & ~protected | hidden
     anchor_bits = unpack_bits(rows[..., layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
     anchors = anchor_bits[..., tiles // layout.anchor_group] & alive
     ring = (tiles - first[:, None]) % k_tiles
@@ -115,7 +116,7 @@ def record_tiles(
 def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), criterion: str = "max",
+    protected: Sequence[int] = (), criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -132,6 +133,7 @@ def attend_cpu(
         key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
         protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
         criterion: "max" or "mass", as there.
+        key_tiles: int8 `[k_tiles]`, the kind of each key tile, as there.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
@@ -143,7 +145,10 @@ def attend_cpu(
     rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
     first = first_tile(torch.arange(q_tiles), q_len, k_len, tile)
     q_protected, k_protected = touched_tiles(q_tiles, tile.q, protected), touched_tiles(k_tiles, tile.k, protected)
-    plan = plan_visits(rows, epoch, layout, first, q_protected, k_protected)
+    hidden = torch.zeros_like(k_protected)
+    if key_tiles is not None:
+        k_protected, hidden = k_protected | (key_tiles == COMPUTED_TILE), key_tiles == HIDDEN_TILE
+    plan = plan_visits(rows, epoch, layout, first, q_protected, k_protected, hidden)
     heads_per_kv = heads // k.shape[1]
 
     def attend_job(b: int, h: int, groups: Sequence[Tensor]) -> None:

@@ -18,6 +18,7 @@ from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shap
 
 TILE = TileShape(64, 32)
 MINUS_ONE = torch.tensor(-1.0)
+KINDS = torch.tensor([0, 1, 2, 0], dtype=torch.int8)
 
 
 def arguments(dtype: torch.dtype = torch.float32, k_len: int = 100) -> tuple[Tensor, ...]:
@@ -50,7 +51,7 @@ def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int
     torch.library.opcheck(
         torch.ops.lite_compile.attend.default,
         (q, k[:, :1], v[:, :1], state, now, 0.25, MINUS_ONE, TILE.q, TILE.k),
-        {"key_bias": torch.randn(bias_batch, 100), "protected": protected, "criterion": criterion},
+        {"key_bias": torch.randn(bias_batch, 100), "protected": protected, "criterion": criterion, "key_tiles": KINDS},
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )
 
@@ -189,6 +190,12 @@ def test_wrong_kinds_of_bias_raise(bias: Tensor) -> None:
 def test_wrong_shapes_of_bias_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"key_bias is .*allowed"):
         torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_bias=torch.zeros(shape))
+
+
+def test_wrong_kinds_of_tiles_raise() -> None:
+    for wrong in (KINDS.int(), KINDS[None], KINDS[:3], KINDS.repeat(2)[::2]):
+        with pytest.raises(ValueError, match=r"key_tiles is .*allowed"):
+            torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_tiles=wrong)
 
 
 def test_wrong_kinds_raise_while_tracing() -> None:

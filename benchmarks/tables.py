@@ -1,0 +1,208 @@
+"""Write the tables of the README and of docs/ from the JSON in benchmarks/results/ (`make bench-doc`).
+
+A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between them is replaced. `--check`
+writes nothing and fails if a file would change.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
+_MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
+
+MODELS = {"1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens", "14b": "Wan2.1-14B, 720p, 75,600 tokens"}
+Row = dict[str, Any]
+
+
+def load(name: str) -> dict[str, Any]:
+    """One file of results."""
+    return json.loads((RESULTS / name).read_text())
+
+
+def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    """A Markdown table."""
+    lines = [list(header)]
+    lines += [["---"] * len(lines[0]), *map(list, rows)]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def source(run: dict[str, Any], name: str) -> str:
+    """Where the figures come from."""
+    return (
+        f"\n{run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']} "
+        f"(`benchmarks/results/{name}`).\n"
+    )
+
+
+def shape_name(row: Row) -> str:
+    """`B x H x S x D`."""
+    return " x ".join(map(str, row["shape"]))
+
+
+def key(row: Row) -> tuple[tuple[int, ...], str, str]:
+    """Shape, kernel and mask of a row."""
+    return tuple(row["shape"]), row["kernel"], row["pattern"]
+
+
+def percent(row: Row) -> str:
+    """The skipped share."""
+    return f"{100 * row['skipped']:.0f} %"
+
+
+def attention() -> str:
+    """Every row of one run of `bench_gpu.py`."""
+    run = load("bench-gpu-h100.json")
+    header = ["B x H x S x D", "kernel", "mask", "skipped"]
+    header += ["ms", "cold, ms", "effective TF", "x cuDNN", "time / ideal", "error"]
+    rows = [
+        (
+            shape_name(row), row["kernel"], row["pattern"], percent(row), f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}",
+            f"{row['effective_tflops']:.0f}", f"{row['speed_up']:.2f}", f"{row['of_ideal']:.2f}", f"{row['error']:.1e}",
+        )
+        for row in run["rows"]
+    ]  # fmt: skip
+    return table(header, rows) + source(run, "bench-gpu-h100.json")
+
+
+def attention_short() -> str:
+    """Speed-up over cuDNN at three levels of scattered skipping, for both kernels."""
+    run = load("bench-gpu-h100.json")
+    rows = []
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in run["rows"]):
+        for kernel in ("hopper", "triton"):
+            found = [row for row in run["rows"] if key(row) == (shape, kernel, "scattered")]
+            if found:
+                nearest = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in (0, 0.42, 0.57, 0.77)]
+                rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in nearest)))
+    header = ("B x H x S x D", "kernel", "0 % skipped", "42 %", "57 %", "77 %")
+    return table(header, rows) + source(run, "bench-gpu-h100.json")
+
+
+def forward() -> str:
+    """Speed-up of one forward of a transformer."""
+    run = load("bench-forward-h100.json")
+    rows = []
+    for model in dict.fromkeys(row["model"] for row in run["rows"]):
+        found = [row for row in run["rows"] if row["model"] == model]
+        dense = found[0]["inductor_cudnn_ms"]
+        cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
+        rows.append((MODELS[model], str(found[0]["layers"]), f"{dense:.0f}", *cells))
+    shares = [percent(row) for row in run["rows"][: len(run["rows"]) // len(rows)]]
+    header = ("model", "layers", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
+    return table(header, rows) + source(run, "bench-forward-h100.json")
+
+
+def suites() -> str:
+    """The GPU test runs."""
+    header = ("device", "dtype", "torch", "triton", "commit", "passed", "failed", "skipped", "file")
+    rows = [
+        (
+            run["device"], run["dtype"], run["torch"], run["triton"], run["commit"], str(run["passed"]),
+            str(run["failed"] + run["error"]), str(run["skipped"]), f"`{path.name}`",
+        )
+        for path in sorted(RESULTS.glob("test-gpu-*.json"))
+        for run in (load(path.name),)
+    ]  # fmt: skip
+    return table(header, rows)
+
+
+def fidelity() -> str:
+    """Every method at every density, against dense videos of the same seeds."""
+    run = load("fidelity-long-h100.json")
+    header = ["density", "method", "dense steps first", "PSNR, dB: mean (worst)", "SSIM: mean (worst)", "flicker"]
+    header += ["digits right", "directions right"]
+    rows = []
+    for row in run["rows"]:
+        psnr = "equal" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f} ({row['psnr_worst']:.1f})"
+        dense = str(row.get("dense_steps", ""))
+        ssim = f"{row['ssim_mean']:.4f} ({row['ssim_worst']:.4f})"
+        digits = f"{row['digits_right']} of {row['digits_of']}"
+        ways = f"{row['directions_right']} of {row['directions_of']}"
+        rows.append((f"{row['density']:.3f}", row["method"], dense, psnr, ssim, f"{row['flicker']:.2f}", digits, ways))
+    about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
+    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/fidelity-long-h100.json`)."
+    return table(header, rows) + f"\n{about}\n"
+
+
+def calibration() -> str:
+    """Calibrated and constant thresholds on generations that calibration did not see."""
+    run = load("calibration-long-h100.json")
+    header = ["threshold", "layer-steps within their budget", "within the target", "density", "PSNR, dB: mean"]
+    header += ["density less than of a constant with the same PSNR", "sparser on", "cost, in dense generations"]
+    named = {"-inf": run["nothing_skipped"]} | {f"constant {name}": row for name, row in run["constants"].items()}
+    named |= {f"l1 {name}": run["calibrated"][name] for name in sorted(run["calibrated"], key=float)}
+    rows = []
+    for name, row in named.items():
+        shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]
+        equal = row.get("against_constant")
+        gain = f"{equal['gain']:.4f} ± {equal['gain_stdev']:.4f}" if equal else "not bracketed" if "cost" in row else ""
+        seeds = f"{equal['seeds_where_sparser']} of {equal['seeds']} seeds" if equal else ""
+        cost = f"{row['cost']:.1f}" if "cost" in row else ""
+        rows.append((name, *shares, f"{row['mean_density']:.3f}", f"{row['mean_psnr']:.1f}", gain, seeds, cost))
+    about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
+    prompts, seeds = len(run["calibration_prompts"]), len(run["nothing_skipped"]["psnr"])
+    about += f", {run['steps']} steps, {prompts} prompts to calibrate, {seeds} held out"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/calibration-long-h100.json`).\n"
+
+
+def criteria() -> str:
+    """Thresholds of both criteria: what attention loses, and the PSNR of final latents."""
+    run = load("compare-criteria-long-h100.json")
+    header = ["criterion", "threshold", "density", "attention: relative error", "attention: mean dropped mass"]
+    header += ["generation: density", "generation: PSNR of latents, dB"]
+    latents = {(row["criterion"], row["threshold"]): row for row in run["latents"]}
+    rows = [("max", "-inf", "", "", "", "1.000", f"{latents['max', float('-inf')]['psnr']:.1f}")]
+    for row in run["attention"]:
+        whole = latents[row["criterion"], row["threshold"]]
+        rows.append(
+            (
+                row["criterion"], f"{row['threshold']:g}", f"{row['density']:.3f}", f"{row['error']:.1e}",
+                f"{row['dropped_mean']:.1e}", f"{whole['density']:.3f}", f"{whole['psnr']:.1f}",
+            )
+        )  # fmt: skip
+    given = run["conditions"]
+    about = f"{given['device']}, {given['dtype']}, torch {given['torch']}, commit {given['commit']}, "
+    about += f"{given['tokens']:,} tokens, {given['steps']} steps, {len(given['prompts'])} prompts "
+    return table(header, rows) + f"\n{about}(`benchmarks/results/compare-criteria-long-h100.json`).\n"
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "attention": attention,
+    "attention-short": attention_short,
+    "forward": forward,
+    "gpu-tests": suites,
+    "fidelity": fidelity,
+    "calibration": calibration,
+    "criteria": criteria,
+}
+
+
+def fill(page: str) -> str:
+    """The text of a page with its tables as the results are now."""
+    return _MARKERS.sub(lambda found: f"{found[1]}{TABLES[found[2]]()}{found[3]}", page)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="fail if a page is not as the results say")
+    check = parser.parse_args().check
+    stale = [page for page in PAGES if fill(page.read_text()) != page.read_text()]
+    said = "differs from benchmarks/results; run make bench-doc" if check else "written"
+    for page in stale:
+        print(f"{page.relative_to(ROOT)}: {said}")
+        if not check:
+            page.write_text(fill(page.read_text()))
+    return int(check and bool(stale))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
