@@ -64,8 +64,8 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False,
-    key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton", kinds: Tensor | None = None,
-    criterion: str = "max",
+    key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton", criterion: str = "max",
+    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tile = chosen(kernel, q).tile
     now = torch.tensor([7, 0, slot, 1, 0], dtype=torch.int32, device="cuda")
