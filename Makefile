@@ -47,7 +47,7 @@ types: $(STAMP)  ## mypy on an installed copy
 # For a machine whose own python has torch with CUDA (and pytest): nothing is downloaded, nothing is installed into it.
 GPU_DTYPE ?= bfloat16
 GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/test_lifetime.py tests/test_inductor.py \
-    tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py
+    tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py
 
 test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
@@ -65,7 +65,7 @@ bench:  ## time attention on this machine's GPU with PYTHON's own torch (BENCH_A
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py
 
-bench-doc:  ## write the tables of docs/performance.md and README.md from benchmarks/results
+bench-doc:  ## write the tables of the README and of docs/ from benchmarks/results
 	$(PYTHON) benchmarks/tables.py
 
 models-doc: $(STAMP)  ## write docs/models.md: what is rewritten in each model of tests/zoo

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import first_tile, touched_tiles, usable_threshold
+from ..ops import COMPUTED_TILE, HIDDEN_TILE, first_tile, touched_tiles, usable_threshold
 from ..skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -53,18 +53,19 @@ class Plan(NamedTuple):
 
 
 def plan_visits(
-    rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, q_protected: Tensor, k_protected: Tensor
+    rows: Tensor, epoch: int, layout: RowLayout, first: Tensor, q_protected: Tensor, k_protected: Tensor, hidden: Tensor
 ) -> Plan:
     """Decode state `rows` (int32 `[B, H, q_tiles, row_words]`) and order the visits around `first` (`[q_tiles]`).
 
     Args:
         q_protected, k_protected: bool `[q_tiles]` and `[k_tiles]`: tiles that touch protected positions.
+        hidden: bool `[k_tiles]`: tiles that are never computed.
     """
     k_tiles = k_protected.shape[0]
     alive = (rows[..., EPOCH_WORD, None] == epoch) & ~q_protected[:, None]
     tiles = torch.arange(k_tiles)
     protected = (q_protected[:, None] | k_protected).expand(*rows.shape[:3], k_tiles)
-    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive & ~protected
+    skipped = unpack_bits(rows[..., layout.mask_start :], k_tiles) & alive & ~protected | hidden
     anchor_bits = unpack_bits(rows[..., layout.anchor_start : layout.mask_start], 32 * layout.anchor_words)
     anchors = anchor_bits[..., tiles // layout.anchor_group] & alive
     ring = (tiles - first[:, None]) % k_tiles
@@ -72,22 +73,31 @@ def plan_visits(
     return Plan(skipped, order, ((~skipped).cumsum(-1) - 1).clamp(min=0), (~skipped).sum(-1), protected)
 
 
-def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: RowLayout, threshold: float) -> None:
+def record_tiles(
+    rows: Tensor, maxima: Tensor, masses: Tensor | None, plan: Plan, epoch: int, layout: RowLayout, threshold: float
+) -> None:
     """Write marks, anchors, count and epoch of some query tiles into their `rows` (int32 `[q_tiles, row_words]`).
 
     Args:
         maxima: `[q_tiles, tile_q, n]`: tile maxima of each row over the kept tiles in ascending order, natural units.
+        masses: of the same shape: what each tile adds to the row's softmax, if marks go by it; else None.
         plan: plan of these tiles, without the two leading dimensions.
-        threshold: natural units; NaN marks nothing.
+        threshold: log2 units; NaN marks nothing.
     """
     order = plan.order[:, : maxima.shape[-1]]
-    visited = (
-        maxima.gather(-1, plan.rank.gather(-1, order).unsqueeze(1).expand_as(maxima)).permute(2, 0, 1).contiguous()
-    )
+    place = plan.rank.gather(-1, order).unsqueeze(1).expand_as(maxima)
+    visited = maxima.gather(-1, place).permute(2, 0, 1).contiguous()
     before = torch.full_like(visited, -math.inf)
-    for place in range(1, order.shape[1]):  # several times faster than cummax
-        torch.maximum(before[place - 1], visited[place - 1], out=before[place])
-    negligible = (visited - before <= threshold).all(-1).T  # NaN, and no, while a row has met nothing but -inf
+    for visit in range(1, order.shape[1]):  # several times faster than cummax
+        torch.maximum(before[visit - 1], visited[visit - 1], out=before[visit])
+    # NaN, and no, while a row has met nothing but -inf.
+    if masses is None:
+        below = visited - before <= threshold * math.log(2)
+    else:
+        share = 2.0**threshold / plan.skipped.shape[-1]
+        mass = masses.gather(-1, place).permute(2, 0, 1)
+        below = mass < share * mass.cumsum(0) + (visited - before == -math.inf)
+    negligible = below.all(-1).T
     marked = (plan.skipped.scatter(-1, order, negligible) | plan.skipped) & ~plan.protected
 
     # The place that raised a row's maximum last holds it; a row that nothing raised counts for tile 0.
@@ -106,7 +116,7 @@ def record_tiles(rows: Tensor, maxima: Tensor, plan: Plan, epoch: int, layout: R
 def attend_cpu(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (),
+    protected: Sequence[int] = (), criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -122,18 +132,23 @@ def attend_cpu(
         lse: natural-log sum of exponentials, float32 `[B, H, Sq]`; overwritten when given.
         key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
         protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
+        criterion: "max" or "mass", as there.
+        key_tiles: int8 `[k_tiles]`, the kind of each key tile, as there.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     layout = row_layout(k_tiles)
     epoch, _, slot = now.tolist()[:3]
-    limit = usable_threshold(threshold) * math.log(2)
+    limit = usable_threshold(threshold)
     recording = 0 <= slot < state.shape[0]
     rows = state[slot] if recording else state.new_zeros(batch, heads, q_tiles, layout.words)
     first = first_tile(torch.arange(q_tiles), q_len, k_len, tile)
     q_protected, k_protected = touched_tiles(q_tiles, tile.q, protected), touched_tiles(k_tiles, tile.k, protected)
-    plan = plan_visits(rows, epoch, layout, first, q_protected, k_protected)
+    hidden = torch.zeros_like(k_protected)
+    if key_tiles is not None:
+        k_protected, hidden = k_protected | (key_tiles == COMPUTED_TILE), key_tiles == HIDDEN_TILE
+    plan = plan_visits(rows, epoch, layout, first, q_protected, k_protected, hidden)
     heads_per_kv = heads // k.shape[1]
 
     def attend_job(b: int, h: int, groups: Sequence[Tensor]) -> None:
@@ -142,10 +157,11 @@ def attend_cpu(
         logs = None if lse is None else lse[b, h]
         bias = None if key_bias is None else key_bias.expand(batch, -1)[b]
         keys, values = k[b, h // heads_per_kv], v[b, h // heads_per_kv]
-        maxima = attend_tiles(q[b, h], keys, values, groups, part, scale, tile, out[b, h], logs, bias)
+        weigh = recording and criterion == "mass"
+        maxima, masses = attend_tiles(q[b, h], keys, values, groups, part, scale, tile, out[b, h], logs, bias, weigh)
         if recording:
             recorded = rows[b, h, tiles]
-            record_tiles(recorded, maxima, part, epoch, layout, limit)
+            record_tiles(recorded, maxima, masses, part, epoch, layout, limit)
             rows[b, h, tiles] = recorded
 
     # Several jobs per thread even out their different densities; each of them has to convert K and V.
@@ -186,17 +202,19 @@ def pad_to_tiles(x: Tensor, tile: int, dtype: torch.dtype) -> Tensor:
 
 def attend_tiles(
     q: Tensor, k: Tensor, v: Tensor, groups: Sequence[Tensor], plan: Plan, scale: float, tile: TileShape,
-    out: Tensor, lse: Tensor | None, bias: Tensor | None,
-) -> Tensor:  # fmt: skip
+    out: Tensor, lse: Tensor | None, bias: Tensor | None, weigh: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """Attention of some query tiles of one head, into their rows of `out` and `lse`.
 
     Args:
         q, out: `[Sq, D]`; k, v: `[Sk, D]`; lse: `[Sq]`; bias: `[Sk]`, natural units.
         groups: indices of query tiles, `n` in all, those computed together in one tensor.
         plan: plan of these tiles in this order, without the two leading dimensions.
+        weigh: whether masses are asked for.
 
     Returns:
         `[n, tile_q, widest]`: tile maxima of each row over the kept tiles in ascending order, natural units.
+        The same of each tile's share in the row's softmax, or None.
     """
     (q_len, dim), (k_len, v_dim) = q.shape, v.shape
     # A bf16 GEMM gives bf16 scores, too coarse to decide by; for P @ V alone it gains too little to be worth its error.
@@ -217,6 +235,7 @@ def attend_tiles(
     weighted = queries.new_empty(len(counts), tile.q, v_dim)
     logs = queries.new_empty(len(counts), tile.q)
     maxima = queries.new_full((len(counts), tile.q, max(1, *counts)), -math.inf)
+    masses = torch.zeros_like(maxima) if weigh else None
     for start, stop in spans:
         size, n, fewest = stop - start, counts[start], counts[stop - 1]
         if n == 0:  # only a hand-made state asks for an empty softmax
@@ -239,6 +258,8 @@ def attend_tiles(
         row_maxima = torch.amax(scores.view(size, tile.q, n, tile.k), -1)
         maxima[start:stop, :, :n] = row_maxima
         torch.softmax(scores, -1, out=scores)
+        if masses is not None:
+            torch.sum(scores.view(size, tile.q, n, tile.k), -1, out=masses[start:stop, :, :n])
         if lse is not None:  # the largest weight of a row is exp(0) / sum
             torch.sub(row_maxima.amax(-1), scores.amax(-1).log(), out=logs[start:stop])
         torch.matmul(scores, group_values.view(-1, width, v_dim), out=weighted[start:stop])
@@ -248,7 +269,7 @@ def attend_tiles(
     out.index_copy_(0, row, weighted.flatten(0, 1).to(out.dtype))
     if lse is not None:
         lse.index_copy_(0, row, logs.flatten().to(lse.dtype))
-    return maxima
+    return maxima, masses
 
 
 _threads_in_use = threading.Lock()

@@ -9,8 +9,10 @@ stages in shared memory.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,9 +29,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
 from .gluon_adapter import async_load, async_store
-from .launch import Launcher
+from .launch import Launch, Launcher, address_of
 from .quantize_qk import quantize
-from .tma_blocks import is_addressable, tma_descriptor
+from .scratch import Scratch
+from .tma_blocks import addressable, is_addressable, tma_descriptor
 from .visit_lists import flag_biased, list_visits, queue_programs, range_arguments, record_visits
 
 HOPPER_TILE = TileShape(192, 128)
@@ -38,6 +41,8 @@ _ROWS = gl.constexpr(64)
 """Query rows of one consumer: what a warpgroup multiplies at once."""
 _TILE_K = gl.constexpr(HOPPER_TILE.k)
 _STAGES = gl.constexpr(2)
+QUEUED_TILES = 64
+"""Key tiles from which on programs are queued: with fewer, none lasts long enough to be worth another launch."""
 _LN_2, _LOG2_E = gl.constexpr(math.log(2)), gl.constexpr(LOG2_E)
 _LOWEST = gl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
 """Natural units: below it, float32 has no finite value in log2 units."""
@@ -83,7 +88,7 @@ def _load_bias(pointers, inside):
 @gluon.jit
 def _consume(
     INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
     """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
@@ -111,6 +116,8 @@ def _consume(
     column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
     total = _sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    if BY_MASS:
+        threshold = gl.exp2(threshold) / k_tiles
     weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
 
     if QK_BITS == 8:
@@ -144,7 +151,10 @@ def _consume(
                 scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
         tile_max = gl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        negligible = tile_max - running <= threshold
+        if BY_MASS:
+            hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+        else:
+            negligible = tile_max - running <= threshold
         argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
         raised = gl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -152,7 +162,13 @@ def _consume(
         weights = gl.exp2(scores * factor - shift[:, None])
         decay = gl.exp2(running - shift)
         running = raised
-        total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
+        if BY_MASS:
+            mass = _sum_own(weights)
+            total = total * gl.convert_layout(decay, OWN)[:, None] + mass
+            # One exchange between the threads of a row, instead of one for each of the two sums.
+            negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
+        else:
+            total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
         weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
         weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), phase)
@@ -183,7 +199,8 @@ def _consume(
 def _attend_kernel(
     q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
     heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
-    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr,
+    EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
+    QUEUED: gl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head.
 
@@ -192,11 +209,14 @@ def _attend_kernel(
             one key tile (k, v); what lies outside of the tensor reads as zeros and is not written.
         q_scales, k_scales: float32 `[B, H, ceil(Sq / _ROWS)]`, `[B, Hkv, k_tiles]` if q and k have 8 bits, else None.
         biased: as `flag_biased` wrote it; None without a bias.
-        order, notes, queue: as `list_visits` and `queue_programs` wrote them.
+        order, notes: as `list_visits` wrote them.
+        queue: as `queue_programs` wrote it; unless QUEUED, what it makes it from.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
     entry = gl.load(queue + gl.program_id(0))
-    program, count = (entry >> 32).to(gl.int32), entry.to(gl.int32)
+    program, count = gl.program_id(0), entry
+    if QUEUED:
+        program, count = (entry >> 32).to(gl.int32), entry.to(gl.int32)
     head = program // q_tiles % heads
     batch = program // q_tiles // heads
     q_start = program % q_tiles * (_CONSUMERS * _ROWS)
@@ -243,17 +263,17 @@ def _attend_kernel(
             (
                 _consume,
                 (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
                 (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS),
+                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
         ],
@@ -267,10 +287,72 @@ _list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
 )
 
 
+class _Plan(NamedTuple):
+    """What follows from shapes, dtypes and options alone."""
+
+    programs: int
+    q_tiles: int
+    k_tiles: int
+    scratch: Scratch
+    """`order`, `counts`, `notes`, `queue`, `biased`."""
+    sizes: tuple[int, ...]
+    """`visit_lists.SIZES`."""
+    lengths: tuple[int, ...]
+    """`_attend_kernel`'s, from `heads` to `bias_stride`."""
+    list_visits: Launch
+    queue_programs: Launch | None
+    """None: programs run in the order of their numbers."""
+    flag_biased: Launch
+    attend: Launch
+    record_visits: Launch
+
+    @property
+    def ready(self) -> bool:
+        """Whether all is compiled, so that addresses do: a call launches these two last."""
+        return self.attend.ready and self.record_visits.ready
+
+
+@functools.lru_cache(256)
+def _plan(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], dtype: torch.dtype, device: int, streams: int,
+    bias_rows: int | None, has_lse: bool, protected: tuple[int, ...], qk_dtype: str | None,
+    criterion: str, has_kinds: bool,
+) -> _Plan:  # fmt: skip
+    batch, heads, q_len, head_dim = q_shape
+    kv_heads, k_len = k_shape[1:3]
+    q_tiles, k_tiles = tile_count(q_len, HOPPER_TILE.q), tile_count(k_len, HOPPER_TILE.k)
+    programs, layout = batch * heads * q_tiles, row_layout(k_tiles)
+    queued = k_tiles >= QUEUED_TILES
+    index = torch.int16 if k_tiles < 2**15 else torch.int32
+    scratch = Scratch.of(
+        ((programs, k_tiles), index), ((programs,), torch.int32), ((programs, 1 + 2 * k_tiles), torch.int8),
+        ((programs if queued else 0,), torch.int64), ((bias_rows or 0, k_tiles), torch.int8),
+    )  # fmt: skip
+    sizes = (
+        streams, q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
+        *range_arguments(protected),
+    )  # fmt: skip
+    bias_stride = 0 if bias_rows in (None, 1) else k_len
+    lengths = (heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles, bias_stride)
+    tiles: dict[str, Any] = {"TILE_Q": HOPPER_TILE.q, "TILE_K": HOPPER_TILE.k, "HAS_KINDS": has_kinds}
+    constants = {
+        "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
+        "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass", "QUEUED": queued,
+    }  # fmt: skip
+    return _Plan(
+        programs, q_tiles, k_tiles, scratch, sizes, lengths,
+        _list_visits.variant(device, index, tiles, num_warps=2),
+        _queue_programs.variant(device, None, {}, num_warps=4) if queued else None,
+        _flag_biased.variant(device, None, {"TILE_K": HOPPER_TILE.k}, num_warps=1),
+        _attend.variant(device, (dtype, head_dim <= 64, index, qk_dtype), constants, num_warps=4),
+        _record_visits.variant(device, None, tiles, num_warps=2),
+    )  # fmt: skip
+
+
 def attend_hopper(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (), qk_dtype: str | None = None,
+    protected: Sequence[int] = (), qk_dtype: str | None = None, criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -279,7 +361,7 @@ def attend_hopper(
             Any strides; what is not `is_addressable` costs a copy.
         tile: `HOPPER_TILE`.
         out: `[B, H, Sq, D]`, dtype of `q`, `is_addressable`; overwritten.
-        state, now, scale, threshold, lse, key_bias, protected: as in `attend_triton`.
+        state, now, scale, threshold, lse, key_bias, protected, criterion, key_tiles: as in `attend_triton`.
         qk_dtype: name in `QK_DTYPES` of what q and k are rounded to for their product; None: nothing. The LSE is then
             that of the scores less the row's product with the mean key.
     """
@@ -287,52 +369,52 @@ def attend_hopper(
         raise ValueError(f"tile is {tuple(tile)}; allowed: {tuple(HOPPER_TILE)}")
     if not is_addressable(out):
         raise ValueError(f"out has strides {out.stride()}, address {out.data_ptr():#x}; allowed: what TMA can write to")
-    batch, heads, q_len, head_dim = q.shape
-    k_len = k.shape[2]
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
-    layout = row_layout(k_tiles)
-    programs = batch * heads * q_tiles
-    order = state.new_empty((programs, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
-    counts = state.new_empty((programs,))
-    notes = state.new_empty((programs, 1 + 2 * k_tiles), dtype=torch.int8)
-    queue = state.new_empty((programs,), dtype=torch.int64)
-    sizes = (
-        state.shape[0], q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
-        *range_arguments(protected),
-    )  # fmt: skip
-    tiles = {"TILE_Q": tile.q, "TILE_K": tile.k}
-    constants = {
-        "EVEN_K": k_len % tile.k == 0, "HAS_LSE": lse is not None, "HAS_BIAS": key_bias is not None,
-        "QK_BITS": 8 * q.element_size() if qk_dtype is None else 8,
-    }  # fmt: skip
-    q_scales = k_scales = biased = None
+    bias_rows = None if key_bias is None else key_bias.shape[0]
+    plan = _plan(
+        q.shape,
+        k.shape,
+        q.dtype,
+        q.get_device(),
+        state.shape[0],
+        bias_rows,
+        lse is not None,
+        tuple(protected),
+        qk_dtype,
+        criterion,
+        key_tiles is not None,
+    )
+    buffer = plan.scratch.allocate(q.device)
+    order, counts, notes, queue, biased = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
+    given: tuple[Any, ...] = (state, now, key_tiles, lse, threshold)
+    state_at, now_at, kinds_at, lse_at, limit_at = map(address_of, given) if plan.ready else given
+    q_scales = k_scales = None
     with torch.cuda.device_of(q):
-        variant = (q.dtype, head_dim <= 64, order.dtype)
         if qk_dtype is not None:
-            columns = 64 if head_dim <= 64 else 128
+            columns = 64 if q.shape[3] <= 64 else 128
             q, q_scales = quantize(_in_rows(q), qk_dtype, _ROWS.value, columns, center=False)
             k, k_scales = quantize(_in_rows(k), qk_dtype, tile.k, columns, center=True)
         if key_bias is not None:
             key_bias = key_bias.contiguous()
-            biased = notes.new_empty((key_bias.shape[0], k_tiles))
-            arguments = (key_bias, biased, k_len)
-            _flag_biased((k_tiles, key_bias.shape[0]), None, arguments, {"TILE_K": tile.k}, num_warps=1)
+            plan.flag_biased((plan.k_tiles, key_bias.shape[0], 1), (key_bias, biased, k.shape[2]))
+        q, k, v = map(addressable, (q, k, v))
         blocks = [
             tma_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))
         ]
-        _list_visits((programs,), order.dtype, (state, now, order, counts, notes, *sizes), tiles, num_warps=2)
-        _queue_programs((batch * heads,), None, (counts, queue, q_tiles), {}, num_warps=4)
-        _attend(
-            (programs,), (*variant, q.dtype),
+        plan.list_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, order, counts, notes, *plan.sizes))
+        if plan.queue_programs is None:
+            queue = counts
+        else:
+            plan.queue_programs((plan.programs // plan.q_tiles, 1, 1), (counts, queue, plan.q_tiles))
+        plan.attend(
+            (plan.programs, 1, 1),
             (
-                *blocks, lse, key_bias, biased, q_scales, k_scales, order, notes, queue, heads, heads // k.shape[1],
-                q_len, k_len, q_tiles, k_tiles, 0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
-                scale * LOG2_E, threshold,
-            ), constants, num_warps=4,
+                *blocks, lse_at, key_bias, None if key_bias is None else biased, q_scales, k_scales,
+                order, notes, queue, *plan.lengths, scale * LOG2_E, limit_at,
+            ),
         )  # fmt: skip
-        _record_visits((programs,), None, (state, now, counts, notes, *sizes), tiles, num_warps=2)
+        plan.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))
 
 
 def _in_rows(x: Tensor) -> Tensor:

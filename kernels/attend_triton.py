@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -18,7 +19,7 @@ from torch import Tensor
 
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
-from .launch import Launcher, kinds
+from .launch import Launch, Launcher, address_of, kinds
 from .visit_lists import COMPUTED, EPOCH, HEADER, SIZES, find_row, is_free, range_arguments, write_marks, write_order
 
 _LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E)
@@ -68,8 +69,8 @@ def _record_visits(needed, row_live, total, order, marks, start, count):
 
 @triton.jit
 def _write_row(
-    row, marks, markable, protected, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group,
-    TILE_K: tl.constexpr,
+    row, marks, markable, protected, key_tiles, epoch, count, argmax_tile, row_live, k_tiles, anchor_words,
+    anchor_group, TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr,
 ):  # fmt: skip
     """Write this program's row of the state. `markable`: `k_tiles`, or 0 if the row may skip none."""
     tl.store(row + EPOCH, epoch)
@@ -78,7 +79,7 @@ def _write_row(
     for i in range(anchor_words):
         bits = tl.where(row_live & (group // 32 == i), 1 << (group % 32), 0)
         tl.store(row + HEADER + i, tl.reduce_or(bits, 0))
-    write_marks(row, marks, markable, protected, k_tiles, anchor_words, TILE_K)
+    write_marks(row, marks, markable, protected, key_tiles, k_tiles, anchor_words, TILE_K, HAS_KINDS)
 
 
 class LaunchConfig(NamedTuple):
@@ -120,14 +121,15 @@ time: the kernel mutates its state, and the tile size is the granularity of the 
 
 @triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES], do_not_specialize_on_alignment=["threshold"])
 def _attend_kernel(
-    q, k, v, key_bias, out, lse, state, now, scratch,
+    q, k, v, key_bias, key_tiles, out, lse, state, now, scratch,
     q_stride_b, q_stride_h, q_stride_s, k_stride_b, k_stride_h, k_stride_s,
     v_stride_b, v_stride_h, v_stride_s, out_stride_b, out_stride_h, out_stride_s, bias_stride_b,
     streams, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
     start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3,
     qk_scale, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
-    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr,
+    EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, BY_MASS: tl.constexpr,
+    HAS_KINDS: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; arguments as `attend_triton` documents them.
 
@@ -144,13 +146,17 @@ def _attend_kernel(
     head = (program // q_tiles % heads).to(tl.int64)
 
     limit = load_threshold(threshold)
+    if BY_MASS:
+        limit = tl.exp2(limit) / k_tiles
     row, epoch, recording, valid = find_row(state, now, program, streams, row_words)
     markable = tl.where(is_free(q_tile, TILE_Q, protected), k_tiles, 0)
     recorded = tl.where(valid, markable, 0)
     order = scratch + program.to(tl.int64) * 2 * k_tiles
     marks = order + k_tiles
     first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
-    count = write_order(row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K)
+    count = write_order(
+        row, recorded, protected, key_tiles, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K, HAS_KINDS
+    )
     tl.debug_barrier()
 
     q_row = tl.arange(0, TILE_Q)
@@ -189,7 +195,10 @@ def _attend_kernel(
             factor = qk_scale
         tile_max = tl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
-        needed |= tl.where(tile_max - running <= limit, 0, one << (n % 32))
+        if BY_MASS:
+            hidden = tl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+        else:
+            needed |= tl.where(tile_max - running <= limit, 0, one << (n % 32))
         argmax_tile = tl.where(tile_max > running, tile, argmax_tile)
         raised = tl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
@@ -197,7 +206,12 @@ def _attend_kernel(
         weights = tl.exp2(scores * factor - shift[:, None])
         decay = tl.exp2(running - shift)
         running = raised
-        total = total * decay + tl.sum(weights, 1)
+        if BY_MASS:
+            mass = tl.sum(weights, 1)
+            total = total * decay + mass
+            needed |= tl.where(mass < limit * total + hidden, 0, one << (n % 32))
+        else:
+            total = total * decay + tl.sum(weights, 1)
         v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
         weighted = tl.dot(weights.to(v_block.dtype), v_block, weighted * decay[:, None], input_precision="tf32x3")
         # The vote of all rows synchronises the warps: take it once per 32 tiles.
@@ -216,8 +230,8 @@ def _attend_kernel(
         _record_visits(needed, row_live, total, order, marks, count // 32 * 32, count)
         tl.debug_barrier()
         _write_row(
-            row, marks, markable, protected, epoch, count, argmax_tile, row_live, k_tiles, anchor_words, anchor_group,
-            TILE_K,
+            row, marks, markable, protected, key_tiles, epoch, count, argmax_tile, row_live, k_tiles, anchor_words,
+            anchor_group, TILE_K, HAS_KINDS,
         )  # fmt: skip
 
 
@@ -241,10 +255,70 @@ def triton_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) 
 _attend = Launcher(_attend_kernel)
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from shapes, strides, dtypes and options alone."""
+
+    programs: int
+    device: int
+    index: torch.dtype
+    scratch_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    """`_attend_kernel`'s, all of them."""
+    sizes: tuple[int, ...]
+    """`_attend_kernel`'s, from `streams` to `end_3`."""
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    name: tuple[Hashable, ...]
+    """Of the compiled variant, but for alignment."""
+    _launches: dict[tuple[bool, ...], Launch] = field(default_factory=dict)
+
+    def launch(self, aligned: tuple[bool, ...]) -> Launch:
+        """The launch for pointers of which these are multiples of 16."""
+        if aligned not in self._launches:
+            self._launches[aligned] = _attend.variant(
+                self.device, (*self.name, aligned), self.constants, **self.options
+            )
+        return self._launches[aligned]
+
+
+@functools.lru_cache(256)
+def _plan(
+    q_shape: tuple[int, ...], k_shape: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
+    v_strides: tuple[int, ...], out_strides: tuple[int, ...], dtype: torch.dtype, device: int, tile: TileShape,
+    streams: int, bias_rows: int | None, has_lse: bool, protected: tuple[int, ...],
+    criterion: str, has_kinds: bool,
+) -> _Plan:  # fmt: skip
+    """`device`: index of the GPU; -1 under Triton's interpreter, which runs on CPU tensors."""
+    batch, heads, q_len, head_dim = q_shape
+    kv_heads, k_len = k_shape[1:3]
+    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
+    programs, layout = batch * heads * q_tiles, row_layout(k_tiles)
+    index = torch.int16 if k_tiles < 2**15 else torch.int32
+    config = _launch_config(torch.cuda.get_device_capability(device) if device >= 0 else (8, 0), dtype, head_dim)
+    strides = (
+        *q_strides[:3], *k_strides[:3], *v_strides[:3], *out_strides[:3], 0 if bias_rows in (None, 1) else k_len
+    )  # fmt: skip
+    sizes = (
+        streams, heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles,
+        layout.words, layout.anchor_words, layout.anchor_group, *range_arguments(protected),
+    )  # fmt: skip
+    constants = {
+        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
+        "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": bias_rows is not None, "HAS_LSE": has_lse,
+        "BY_MASS": criterion == "mass", "HAS_KINDS": has_kinds,
+    }  # fmt: skip
+    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    return _Plan(
+        programs, device, index, (programs, 2, k_tiles), strides, sizes, constants, options,
+        (dtype, index, kinds(strides)),
+    )  # fmt: skip
+
+
 def attend_triton(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: Tensor,
     tile: TileShape, out: Tensor, lse: Tensor | None = None, key_bias: Tensor | None = None,
-    protected: Sequence[int] = (),
+    protected: Sequence[int] = (), criterion: str = "max", key_tiles: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attention of `q` over the key tiles that `state` does not skip, into `out`; marks tiles for the next call.
 
@@ -260,34 +334,23 @@ def attend_triton(
         lse: natural-log sum of exponentials, contiguous float32 `[B, H, Sq]`; overwritten when given.
         key_bias: float32 `[B, Sk]` or `[1, Sk]`, added to the scaled scores.
         protected: `start, end` of ranges of positions whose tiles are always computed, as in `ops.attend_reference`.
+        criterion: "max" or "mass", as there.
+        key_tiles: contiguous int8 `[k_tiles]`, the kind of each key tile, as there.
     """
-    batch, heads, q_len, head_dim = q.shape
-    k_len = k.shape[2]
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     # Offsets within a tile are computed in 32 bits.
     q, k, v = (x if x.stride(3) == 1 and max(tile) * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v))
-    q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
-    layout = row_layout(k_tiles)
-    programs = batch * heads * q_tiles
-    scratch = state.new_empty((programs, 2, k_tiles), dtype=torch.int16 if k_tiles < 2**15 else torch.int32)
-    # Triton's interpreter runs on CPU tensors.
-    capability = torch.cuda.get_device_capability(q.device) if q.is_cuda else (8, 0)
-    config = _launch_config(capability, q.dtype, head_dim)
     key_bias = None if key_bias is None else key_bias.contiguous()
-    specialised = (
-        q, k, v, key_bias, out, lse, state, now, scratch,
-        *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
-        0 if key_bias is None or key_bias.shape[0] == 1 else k_len,
+    plan = _plan(
+        q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), q.dtype, q.get_device(), tile,
+        state.shape[0], None if key_bias is None else key_bias.shape[0], lse is not None, tuple(protected),
+        criterion, key_tiles is not None,
     )  # fmt: skip
-    arguments = (
-        *specialised, state.shape[0], heads, heads // k.shape[1], q_len, k_len, q_tiles, k_tiles,
-        layout.words, layout.anchor_words, layout.anchor_group, *range_arguments(protected), scale * LOG2_E, threshold,
-    )  # fmt: skip
-    constants = {
-        "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
-        "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": key_bias is not None, "HAS_LSE": lse is not None,
-    }  # fmt: skip
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
+    scratch = state.new_empty(plan.scratch_shape, dtype=plan.index)
+    tensors = (q, k, v, key_bias, key_tiles, out, lse, state, now, scratch)
+    addresses = tuple(map(address_of, tensors))
+    launch = plan.launch(tuple([address is None or address % 16 == 0 for address in addresses]))
+    pointers, limit = (addresses, threshold.data_ptr()) if launch.ready else (tensors, threshold)
     with torch.cuda.device_of(q):
-        _attend((programs,), kinds(specialised), arguments, constants, **options)
+        launch((plan.programs, 1, 1), (*pointers, *plan.strides, *plan.sizes, scale * LOG2_E, limit))

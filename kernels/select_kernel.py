@@ -30,6 +30,9 @@ BREAK_EVEN = {"cpu": 1024, "hopper": 2048, "triton": 4096}
 """Per kernel, the same at head dims 64 and 128 (benchmarks/LOG.md). `triton` was measured against cuDNN on an H100, and
 is taken to be the same on other GPUs."""
 
+FAST_WHEN_DENSE = frozenset({"hopper"})
+"""Kernels that are as exact as dense attention and lose nothing to it while nothing is skipped."""
+
 
 def select_kernel(
     device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str = "auto", qk_dtype: str | None = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import torch
@@ -11,31 +10,52 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 
+class Address:
+    """What a descriptor needs to know of a tensor, without keeping the tensor."""
+
+    __slots__ = ("_address", "dtype")
+
+    def __init__(self, address: int, dtype: torch.dtype) -> None:
+        self._address, self.dtype = address, dtype
+
+    def data_ptr(self) -> int:
+        return self._address
+
+
 def tma_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of `x` `[B, H, S, D]`, or of a copy, for blocks of `rows` rows of one head."""
-    if not is_addressable(x):
-        x = x.clone(memory_format=torch.contiguous_format)
-    # Checking a descriptor takes longer than all else here; what was checked once differs in its address alone.
-    descriptor = copy.copy(_blank_descriptor(x.shape, x.stride(), x.dtype, rows))
-    descriptor.base = x
-    return descriptor
+    """TMA descriptor of `x` `[B, H, S, D]`, which `is_addressable`, for blocks of `rows` rows of one head.
+
+    It does not keep `x` alive.
+    """
+    return _descriptor(x.shape, x.stride(), x.dtype, rows, x.data_ptr())
 
 
-@functools.lru_cache(1024)
-def _blank_descriptor(shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int) -> TensorDescriptor:
-    """A descriptor of a tensor of that shape and dtype with those strides, without the tensor."""
+@functools.lru_cache(4096)
+def _descriptor(
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, address: int
+) -> TensorDescriptor:
+    """Tensors come and go, but at the same addresses: making and checking descriptors takes longer than all else."""
     step = 16 // dtype.itemsize
     # A dimension of one element is never stepped over, and may have any stride.
     steps = [stride if size > 1 else step for size, stride in zip(shape[:3], strides[:3], strict=True)]
-    blank = torch.empty((), dtype=dtype, device="meta")
-    return TensorDescriptor(blank, list(shape), [*steps, 1], *block_layout(dtype, rows, shape[-1]))
+    return TensorDescriptor(Address(address, dtype), list(shape), [*steps, 1], *block_layout(dtype, rows, shape[-1]))
+
+
+def addressable(x: Tensor) -> Tensor:
+    """`x`, or a copy, that `is_addressable`."""
+    return x if is_addressable(x) else x.clone(memory_format=torch.contiguous_format)
 
 
 def is_addressable(x: Tensor) -> bool:
     """Whether TMA can read and write `x` `[B, H, S, D]` where it is: at addresses of multiples of 16 bytes."""
-    step = 16 // x.element_size()
-    strides = [stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True) if size > 1]
-    return x.stride(3) == 1 and x.data_ptr() % 16 == 0 and all(stride > 0 and stride % step == 0 for stride in strides)
+    return x.data_ptr() % 16 == 0 and _can_step(x.shape, x.stride(), x.element_size())
+
+
+@functools.lru_cache(1024)
+def _can_step(shape: torch.Size, strides: tuple[int, ...], element_size: int) -> bool:
+    step = 16 // element_size
+    stepped = [stride for size, stride in zip(shape[:3], strides[:3], strict=True) if size > 1]
+    return strides[3] == 1 and all(stride > 0 and stride % step == 0 for stride in stepped)
 
 
 def block_layout(dtype: torch.dtype, rows: int, head_dim: int) -> tuple[list[int], gl.NVMMASharedLayout]:

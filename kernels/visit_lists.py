@@ -10,11 +10,12 @@ from collections.abc import Sequence
 import triton
 import triton.language as tl
 
-from ..ops import MAX_PROTECTED, NOW_EPOCH, NOW_SLOT
+from ..ops import COMPUTED_TILE, HIDDEN_TILE, MAX_PROTECTED, NOW_EPOCH, NOW_SLOT
 from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS
 
 EPOCH, COMPUTED, HEADER = (tl.constexpr(word) for word in (EPOCH_WORD, COMPUTED_WORD, HEADER_WORDS))
 _NOW_EPOCH, _NOW_SLOT = tl.constexpr(NOW_EPOCH), tl.constexpr(NOW_SLOT)
+_COMPUTED_TILE, _HIDDEN_TILE = tl.constexpr(COMPUTED_TILE), tl.constexpr(HIDDEN_TILE)
 BLOCK = tl.constexpr(512)
 """Tiles whose state bits are handled at once."""
 SIZES = (
@@ -53,11 +54,14 @@ def find_row(state, now, program, streams, row_words):
 
 
 @triton.jit
-def _read_ring(row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr):
+def _read_ring(
+    row, recorded, protected, key_tiles, start, first, k_tiles, anchor_words, anchor_group,
+    TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr,
+):  # fmt: skip
     """Tiles at the places `start ...` of the ring, and whether each is an anchor to visit, another to visit, skipped.
 
     All are int32 `[BLOCK]`, the last three 0 or 1, and 0 past the end of the ring. `recorded`: `k_tiles`, or 0 if the
-    row is to be read as empty.
+    row is to be read as empty. `key_tiles`: int8 `[k_tiles]`, kinds of tiles; looked at if `HAS_KINDS`.
     """
     place = start + tl.arange(0, BLOCK)
     tile = first + place
@@ -66,6 +70,9 @@ def _read_ring(row, recorded, protected, start, first, k_tiles, anchor_words, an
     skip_word = tl.load(row + HEADER + anchor_words + tile // 32, mask=place < recorded, other=0)
     anchor_word = tl.load(row + HEADER + group // 32, mask=place < recorded, other=0)
     skipped = tl.where(is_free(tile, TILE_K, protected), (skip_word >> (tile % 32)) & 1, 0)
+    if HAS_KINDS:
+        kind = tl.load(key_tiles + tile, mask=place < k_tiles, other=0)
+        skipped = tl.where(kind == _COMPUTED_TILE, 0, tl.where(kind == _HIDDEN_TILE, 1, skipped))
     anchor = (anchor_word >> (group % 32)) & 1
     kept = tl.where(place < k_tiles, 1 - skipped, 0)
     return tile, kept & anchor, kept & (1 - anchor), skipped
@@ -73,20 +80,21 @@ def _read_ring(row, recorded, protected, start, first, k_tiles, anchor_words, an
 
 @triton.jit
 def write_order(
-    row, recorded, protected, order, marks, first, k_tiles, anchor_words, anchor_group, TILE_K: tl.constexpr
-):
+    row, recorded, protected, key_tiles, order, marks, first, k_tiles, anchor_words, anchor_group,
+    TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr,
+):  # fmt: skip
     """Write the tiles to compute into `order` in `ops.visit_order`, 1 into `marks` of the others; return how many."""
     anchor_count = 0
     for start in range(0, k_tiles, BLOCK):
         _, anchor, _, _ = _read_ring(
-            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
+            row, recorded, protected, key_tiles, start, first, k_tiles, anchor_words, anchor_group, TILE_K, HAS_KINDS
         )
         anchor_count += tl.sum(anchor, 0)
     anchor_end = 0
     other_end = anchor_count
     for start in range(0, k_tiles, BLOCK):
         tile, anchor, other, skipped = _read_ring(
-            row, recorded, protected, start, first, k_tiles, anchor_words, anchor_group, TILE_K
+            row, recorded, protected, key_tiles, start, first, k_tiles, anchor_words, anchor_group, TILE_K, HAS_KINDS
         )
         position = tl.where(anchor == 1, anchor_end + tl.cumsum(anchor, 0), other_end + tl.cumsum(other, 0)) - 1
         tl.store(order + position, tile.to(order.dtype.element_ty), mask=(anchor | other) == 1)
@@ -97,27 +105,32 @@ def write_order(
 
 
 @triton.jit
-def write_marks(row, marks, markable, protected, k_tiles, anchor_words, TILE_K: tl.constexpr):
+def write_marks(
+    row, marks, markable, protected, key_tiles, k_tiles, anchor_words, TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr
+):
     """Pack `marks`, one number per tile, into a row's skip bits. `markable`: `k_tiles`, or 0 if it may skip none."""
     bit = tl.arange(0, 32)[None, :]
     for start in range(0, tl.cdiv(k_tiles, 32), BLOCK // 32):
         word = start + tl.arange(0, BLOCK // 32)
         tile = word[:, None] * 32 + bit
         free = (tile < markable) & is_free(tile, TILE_K, protected)
+        if HAS_KINDS:
+            free &= tl.load(key_tiles + tile, mask=tile < markable, other=0) != _COMPUTED_TILE
         marked = tl.load(marks + tile, mask=free, other=0).to(tl.int32)
         tl.store(row + HEADER + anchor_words + word, tl.reduce_or(marked << bit, 1), mask=word * 32 < k_tiles)
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now", "key_tiles"])
 def list_visits(
-    state, now, order, counts, notes,
+    state, now, key_tiles, order, counts, notes,
     streams, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
     start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr,
 ):  # fmt: skip
     """Per program the key tiles to visit and their number; and `notes` as `record_visits` wants to find them.
 
     Args:
+        key_tiles: int8 `[k_tiles]`, kinds of tiles as `ops.attend_reference` has them; None if not `HAS_KINDS`.
         order: int16 or int32 `[programs, k_tiles]`.
         counts: int32 `[programs]`.
         notes: int8 `[programs, 1 + 2 * k_tiles]`: 0, a 1 for each key tile, a 0 for each key tile.
@@ -130,7 +143,20 @@ def list_visits(
     first = ((q_tile.to(tl.int64) * TILE_Q * k_len // q_len) // TILE_K).to(tl.int32)
     order += program.to(tl.int64) * k_tiles
     notes += program.to(tl.int64) * (1 + 2 * k_tiles)
-    count = write_order(row, recorded, protected, order, notes + 1, first, k_tiles, anchor_words, anchor_group, TILE_K)
+    count = write_order(
+        row,
+        recorded,
+        protected,
+        key_tiles,
+        order,
+        notes + 1,
+        first,
+        k_tiles,
+        anchor_words,
+        anchor_group,
+        TILE_K,
+        HAS_KINDS,
+    )
     tl.store(counts + program, count)
     for start in range(0, 1 + 2 * k_tiles, BLOCK):
         place = start + tl.arange(0, BLOCK)
@@ -193,12 +219,12 @@ def flag_biased(key_bias, flags, k_len, TILE_K: tl.constexpr):
     tl.store(flags + batch * tl.num_programs(0) + tile, tl.max((bias != 0.0).to(tl.int32), 0).to(tl.int8))
 
 
-@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now"])
+@triton.jit(do_not_specialize=SIZES, do_not_specialize_on_alignment=["state", "now", "key_tiles"])
 def record_visits(
-    state, now, counts, notes,
+    state, now, key_tiles, counts, notes,
     streams, q_len, k_len, q_tiles, k_tiles, row_words, anchor_words, anchor_group,
     start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3,
-    TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    TILE_Q: tl.constexpr, TILE_K: tl.constexpr, HAS_KINDS: tl.constexpr,
 ):  # fmt: skip
     """Turn the notes of an attention kernel into the program's row of the state.
 
@@ -222,4 +248,4 @@ def record_visits(
                 tile = (i * 32 + lane) * anchor_group + member
                 raised |= tl.load(notes + 1 + k_tiles + tile, mask=tile < k_tiles, other=0).to(tl.int32)
             tl.store(row + HEADER + i, tl.reduce_or(raised << lane, 0))
-        write_marks(row, notes + 1, markable, protected, k_tiles, anchor_words, TILE_K)
+        write_marks(row, notes + 1, markable, protected, key_tiles, k_tiles, anchor_words, TILE_K, HAS_KINDS)

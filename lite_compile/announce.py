@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .clock import ANNOUNCED, ANNOUNCED_STEPS, GENERATION, STEP, TICKET, USED_TICKET, slot_table
+from .clock import ANNOUNCED, ANNOUNCED_EPOCH, ANNOUNCED_STEPS, GENERATION, STEP, TICKET, USED_TICKET, slot_table
 from .ops import NOW_WORDS
-from .trajectory import DenseSteps, fraction_of_steps, is_dense
+from .trajectory import DenseSteps, fraction_of_steps, is_dense, is_refresh
 
 _numbers, _tickets = itertools.count(1), itertools.count(1)
 _lock = threading.Lock()
@@ -115,18 +115,27 @@ def clock_header(number: int, stream: int | None, steps: dict[int, int], ticket:
     return header
 
 
-def read_announced(clock: Tensor, max_streams: int, dense_steps: tuple[int | float, int | float] = (0, 0)) -> Tensor:
+def read_announced(
+    clock: Tensor, max_streams: int, dense_steps: tuple[int | float, int | float] = (0, 0), refresh_every: int = 0
+) -> Tensor:
     """In-graph counterpart of `clock.advance` for announced generations; same result, int32 `[NOW_WORDS]`."""
     generation, step = clock[GENERATION], clock[STEP]
     slot, announced = clock[ANNOUNCED] - 1, clock[TICKET] != clock[USED_TICKET]
     slot = torch.where(announced & (slot < max_streams), slot, -1)
-    epoch = generation * max_streams + slot + 1
     fraction = fraction_of_steps(step, clock[ANNOUNCED_STEPS])
     dense = is_dense(step, fraction, clock[ANNOUNCED_STEPS], DenseSteps(*dense_steps))
     taken = torch.arange(max_streams, dtype=torch.int32, device=clock.device) == slot
     table = slot_table(clock, max_streams)
-    rows = torch.stack([generation, step, epoch, dense.int()])[:, None].expand(table.shape)
-    table.copy_(torch.where(taken, rows, table))
+    slot_generation, slot_step, slot_epoch, _, slot_began = table.unbind()
+    begins = taken & (slot_generation != generation)
+    renewed = begins | (taken & is_refresh(step, slot_step, refresh_every))
+    epoch_count = clock[ANNOUNCED_EPOCH] + renewed.any().int()
+    slot_epoch = torch.where(renewed, epoch_count, slot_epoch)
+    epoch = torch.where(taken, slot_epoch, 0).sum(dtype=torch.int32)
+    slot_began = torch.where(begins, epoch_count, slot_began)
+    rows = [x.to(torch.int32).expand(max_streams) for x in (generation, step, slot_epoch, dense, slot_began)]
+    table.copy_(torch.where(taken, torch.stack(rows), table))
+    clock[ANNOUNCED_EPOCH].copy_(epoch_count)
     now = torch.stack([epoch, step, torch.where(dense, -1, slot), generation, fraction.view(torch.int32)])
     clock[USED_TICKET].copy_(clock[TICKET])
     assert now.shape == (NOW_WORDS,)

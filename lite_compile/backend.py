@@ -9,24 +9,28 @@ from typing import Any, cast
 
 from torch import fx
 
-from . import ops  # noqa: F401  (registers lite_compile::attend)
+from . import dropped_mass, ops  # noqa: F401  (register lite_compile::dropped_mass, attend)
 from .announce import active_generation
+from .calibration.fingerprint import calling_modules
 from .clock_source import ClockSource
 from .decisions import GraphReport, record
+from .dense_layers import DenseLayers
 from .errors import OptionValueError, UnsupportedAttentionError
 from .options import Options
 from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
+from .passes.decide_dense_layers import decide_dense_layers
 from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
+from .passes.insert_ranges import insert_ranges
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
 from .passes.match_key_mask import mask_inputs
 from .passes.protect_positions import protect_positions
-from .passes.record_history import record_history
+from .passes.record_history import record_history, record_probes
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -81,12 +85,15 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     graph = copy_graph(gm)
     sites = find_attention(graph)
     clock, description = find_clock(graph, sites)
-    # A block does not know what it is called in the model: there, `layers` waits until it runs.
+    # A block does not know what it is called in the model: there, `layers` and `dense_layers` wait until it runs.
     known = replace(settings, layers=("*",)) if clock is ClockSource.ROOT else settings
     sites = protect_tokens(graph, sites, clock, settings)
     sites += find_nested_attention(graph)
     per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
     decisions = decide_attention(sites, description if clock is None else None, known, per_step)
+    dense_layers: DenseLayers | frozenset[str] = settings.dense_layers
+    if clock is not ClockSource.ROOT:
+        decisions, dense_layers = decide_dense_layers(decisions, settings.dense_layers, settings.must_skip is not None)
     report = report_attention(decisions, description)
     rewrites = [decision for decision in decisions if isinstance(decision, Rewrite)]
     if not rewrites or clock is None:
@@ -94,11 +101,20 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     device = rewrites[0].device
     biases = [rewrite.key_bias for rewrite in rewrites if rewrite.key_bias is not None and clock is ClockSource.ROOT]
     masks = dict.fromkeys(node for bias in biases for node in mask_inputs(bias, graph.graph))
-    now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps)
+    refresh_every = settings.refresh_every or 0
+    now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps, refresh_every)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
-    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams)
+    ranges = insert_ranges(graph, settings.ranges, device)
+    layers = rewrite_attention(
+        graph, rewrites, now, thresholds, settings.max_streams, settings.criterion, ranges, settings.probe
+    )
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
+    if settings.probe:
+        record_probes(graph, layers, now, settings.max_streams)
+    settings.thresholds.check_criterion(settings.criterion)
+    modules = calling_modules(real_parameters(graph.graph))
+    settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
         threshold_table(settings.thresholds, tuple(layer.layer for layer in layers))
     graph.graph.lint()
@@ -107,7 +123,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps, settings.history, tuple(masks),
+        settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, settings.probe,
+        tuple(masks), settings.criterion,
     )  # fmt: skip
     return graph, state, report
 

@@ -12,22 +12,22 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .trajectory import DenseSteps, fraction_of, is_dense, time_scale
+from .trajectory import DenseSteps, fraction_of, is_dense, is_refresh, time_scale
 
-# Words of the header. The last four are `announce`'s.
+# Words of the header. The last five are `announce`'s.
 GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED, DIRECTION = range(11)
 FIRST_TIMESTEP, TIME_SCALE, LAST_STEPS = 11, 12, 13
-ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET = 14, 15, 16, 17
+ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET, ANNOUNCED_EPOCH = 14, 15, 16, 17, 18
 _HEADER = 20
-_SLOT_ROWS = 4
+_SLOT_ROWS = 5
 
 LATENT_SAMPLES = 4096
 PROJECTIONS = 4
 CONDITION_WORDS = 2 * PROJECTIONS
 """int32 words of the fingerprint of one input: float64 projections."""
-_DIGIT = 4093
-_HASHES = ((5471, 7919, 3571, 8191), (3571, 2741, 6007, 8179), (7001, 5323, 4211, 8171), (1993, 6151, 7489, 8167))
-"""Per projection: multipliers for the three base-`_DIGIT` digits of a position, and a prime modulus above them."""
+_DIGIT_BITS, _WEIGHT_BITS, _DROPPED_BITS = 12, 13, 9
+_HASHES = ((92821, 68371, 75503), (81869, 99371, 53113), (104651, 88001, 67801), (72271, 110581, 96001))
+"""Per projection: multipliers for the three digits of a position. The middle bits of the sum are its weight."""
 _LARGE, _LARGE_CODE, _NAN_CODE = 2.0**40, 4096.0, 3000.5
 """Numbers beyond `_LARGE` count as `_LARGE_CODE` plus their log2, so that a mask of infinities hides nothing else."""
 
@@ -55,8 +55,8 @@ def clock_words(max_streams: int, conditions: int) -> int:
 
 
 def slot_table(clock: Tensor, max_streams: int) -> Tensor:
-    """int32 `[4, max_streams]`: per slot its generation, the step it was last used in, its epoch, and 1 if that step
-    was one of the dense ones."""
+    """int32 `[5, max_streams]`: per slot its generation, the step it was last used in, its epoch, 1 if that step was
+    one of the dense ones, and the epoch that its stream began with, an earlier one if marks were refreshed since."""
     return clock[_HEADER : _HEADER + _SLOT_ROWS * max_streams].view(_SLOT_ROWS, max_streams)
 
 
@@ -85,18 +85,23 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
             condition = torch.full((1,), condition, dtype=torch.float64, device=device)
         if condition.is_complex():
             condition = torch.view_as_real(condition.resolve_conj())
-        flat = _tame(condition.to(device).reshape(-1).to(torch.float64))
+        flat = condition.to(device).reshape(-1)
+        # float32 holds all that 16 bits do, and computes several times faster.
+        flat = _tame(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat.to(torch.float64))
         index = torch.arange(flat.shape[0], device=device)
-        # A weight is a linear hash of the position's digits, in products that fit 32 bits: Inductor has no more.
-        low, middle, high = index % _DIGIT, index // _DIGIT % _DIGIT, index // (_DIGIT * _DIGIT)
-        hashed = [(low * a + middle * b + high * c) % p for a, b, c, p in _HASHES]
-        fingerprints.append(torch.stack([((h.to(torch.float64) + 1) * flat).sum() for h in hashed]))
+        # A weight is a hash of the position's digits, in products that fit 32 bits, since Inductor has no more, and
+        # without divisions.
+        mask = 2**_DIGIT_BITS - 1
+        low, middle, high = index & mask, (index >> _DIGIT_BITS) & mask, index >> 2 * _DIGIT_BITS
+        sums = [low * a + middle * b + high * c for a, b, c in _HASHES]
+        hashed = [(x >> _DROPPED_BITS) & (2**_WEIGHT_BITS - 1) for x in sums]
+        fingerprints.append(torch.stack([((h.to(torch.float64) + 1) * flat.to(torch.float64)).sum() for h in hashed]))
     return torch.cat(fingerprints).view(torch.int32)
 
 
 def _tame(x: Tensor) -> Tensor:
-    """`x` (float64) with numbers that would swallow all others in a sum replaced by small ones that still tell them."""
-    size = x.abs().clamp(max=torch.finfo(torch.float64).max)
+    """`x`, float64 or float32, with what would swallow all else in a sum replaced by small numbers that tell it."""
+    size = x.abs().clamp(max=torch.finfo(x.dtype).max)
     x = torch.where(size > _LARGE, x.sign() * (_LARGE_CODE + size.clamp(min=1.0).log2()), x)
     return torch.where(x.isnan(), _NAN_CODE, x)
 
@@ -140,6 +145,7 @@ def advance(
     conditions: Sequence[Tensor | int | float],
     max_streams: int,
     dense_steps: tuple[int | float, int | float] = (0, 0),
+    refresh_every: int = 0,
 ) -> Tensor:
     """Advance `clock` in place by one call of the model and say where that call stands.
 
@@ -160,13 +166,14 @@ def advance(
         timestep: any shape, integer or float; its maximum counts (per-token timesteps zero the given frames).
         conditions: all other inputs of the graph, tensors of any dtype and device, and numbers.
         dense_steps: `trajectory.DenseSteps`. They use no state, but their stream keeps its slot and so its mask.
+        refresh_every: every so many steps a stream gets another epoch, which voids its mask; 0: never.
 
     Returns:
-        int32 `[5]`: epoch (unique per stream and generation), step, slot (-1: use no state), generation, and the bits
-        of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
+        int32 `[5]`: epoch (unique per stream, generation and refresh), step, slot (-1: use no state), generation, and
+        the bits of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
     """
     slots = slot_table(clock, max_streams)
-    slot_generation, slot_step, slot_epoch, slot_dense = slots.unbind()
+    slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slots.unbind()
     stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
@@ -223,8 +230,10 @@ def advance(
     slot = torch.where(usable, best % max_streams, -1).to(torch.int32)
     taken = number == slot
     fresh = usable & (best >= max_streams)
-    epoch_count = clock[EPOCH] + fresh.int()
-    slot_epoch = torch.where(taken & fresh, epoch_count, slot_epoch)
+    begins = taken & fresh
+    renewed = begins | (taken & is_refresh(step, slot_step, refresh_every))
+    epoch_count = clock[EPOCH] + renewed.any().int()
+    slot_epoch = torch.where(renewed, epoch_count, slot_epoch)
     epoch = torch.where(taken, slot_epoch, 0).sum(dtype=torch.int32)
     used_slot = torch.where(dense, -1, slot)
 
@@ -251,9 +260,10 @@ def advance(
             torch.where(taken, step, slot_step).to(torch.int32),
             slot_epoch.to(torch.int32),
             torch.where(taken, dense, slot_dense).to(torch.int32),
+            torch.where(begins, epoch_count, slot_began).to(torch.int32),
             now.view(torch.int32),
             torch.where(new, now, first).view(torch.int32),
-            torch.where((taken & fresh)[:, None], condition, known).reshape(-1),
+            torch.where(begins[:, None], condition, known).reshape(-1),
         ]
     )
     clock.copy_(updated)

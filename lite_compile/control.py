@@ -1,4 +1,4 @@
-"""What can be said about a compiled model: where its generations begin and end, and what its threshold is now."""
+"""What can be said about a compiled model: where its generations begin and end, and its threshold and ranges."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import nn
 
 from .announce import Generation, pop, push, restart
 from .clock import RESET
-from .layer_state import bindings
+from .key_ranges import KeyRanges, check_disjoint, check_ranges
+from .layer_state import bindings, bindings_in_use
 from .overrides import override
 from .schedule import as_thresholds, check_threshold
 from .threshold_table import threshold_table
@@ -50,14 +51,44 @@ def set_threshold(model: nn.Module, threshold: Any) -> None:
     Raises:
         OptionTypeError, OptionValueError: as for the option; nothing has changed then.
     """
+    original = _original(model)
+    thresholds = as_thresholds(check_threshold("threshold", threshold))
+    parts = [binding for binding in bindings(original) if binding.is_part_of(original)]
+    thresholds.check_model([original], [layer for binding in parts for layer in binding.thresholds.layers])
+    for binding in parts:
+        thresholds.check_criterion(binding.thresholds.criterion)
+        threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
+    override(original, thresholds)
+
+
+def set_ranges(model: nn.Module, *, must_compute: Any = None, must_skip: Any = None) -> None:
+    """Let a compiled model follow other ranges of keys; compiles nothing, and the next call starts a new generation.
+
+    They take the place of the options of the same names, of which at least `[]` has to have been given when the model
+    was compiled; see `set_threshold`.
+
+    Args:
+        model: the denoiser itself, such as `pipe.transformer`, compiled or not.
+        must_compute, must_skip: whatever the options may be; `[]` is none, None leaves them as they are.
+
+    Raises:
+        OptionTypeError, OptionValueError: as for the options, or the ranges do not fit the layers that are known;
+            nothing has changed then.
+    """
+    original = _original(model)
+    ranges = KeyRanges(check_ranges("must_compute", must_compute), check_ranges("must_skip", must_skip))
+    check_disjoint(ranges)
+    for binding in bindings_in_use(original):
+        if binding.is_part_of(original):
+            binding.check_ranges(ranges)
+    override(original, ranges=ranges)
+
+
+def _original(model: nn.Module) -> nn.Module:
     if model is None:
         raise TypeError("model is None; allowed: a torch.nn.Module")
-    original = getattr(check_model(model), "_orig_mod", model)
-    thresholds = as_thresholds(check_threshold("threshold", threshold))
-    for binding in bindings(original):
-        if binding.is_part_of(original):
-            threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
-    override(original, thresholds)
+    original: nn.Module = getattr(check_model(model), "_orig_mod", model)
+    return original
 
 
 @contextmanager

@@ -96,7 +96,7 @@ def _empty_outputs(gm: fx.GraphModule) -> Callable[..., Any]:
     positions = {node: index for index, node in enumerate(inputs)}
 
     def call(*args: Any) -> tuple[Any, ...]:
-        shapes = iter(resolver.resolve(sizes, args))
+        shapes = iter(resolver.resolve(sizes, resolver.read(args)))
         results = []
         for node, value in zip(outputs, values, strict=True):
             if isinstance(value, torch.Tensor):

@@ -17,16 +17,14 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .announce import active_generation
-from .density_history import history_shape
+from .density_history import history_shape, probe_shape
+from .key_ranges import NO_RANGES, KeyRanges
 from .mask_watch import MaskWatch
-from .overrides import ThresholdsInForce
+from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
 
-MAX_BINDINGS = 16
-"""Graphs and models that share a first layer and keep their states; beyond that the least recently used is dropped."""
 MAX_SHAPES = 8
 """Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
@@ -53,6 +51,8 @@ class LayerState:
     """The clock of the model that the layer belongs to."""
     history: Tensor | None = None
     """Where the option `history` asks for it: int64 `[streams, HISTORY_STEPS, 2]`, see `density_history`."""
+    probe: Tensor | None = None
+    """With the option `probe`: float64 `[streams, HISTORY_STEPS, 3]`."""
     latest: bool = True
     """Whether no other input shape was used since."""
 
@@ -78,10 +78,15 @@ class Binding:
         """Whether a tensor is gone: its id may come back as another one's."""
         self._device = device
         self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
+        self._latest: tuple[tuple[LayerSpec, ...] | None, list[LayerState]] = None, []
+        """What was asked for last."""
         self.lock = threading.RLock()
         """Held during a call: two threads that use one model take turns."""
         self.clock = _zeros((words,), device)
         self.thresholds = ThresholdsInForce(device)
+        self.ranges = RangesInForce(device)
+        self.default_ranges = NO_RANGES
+        """Those that the model was compiled with."""
         self.rewrites = 0
         """How often in a row the model had other contents than at its call before."""
         self.calls = 0
@@ -97,7 +102,11 @@ class Binding:
 
     def serves(self, graph_key: Hashable, tensors: Sequence[Tensor]) -> bool:
         """Whether this is the graph, and these are the parameters and buffers that identify the model."""
-        return graph_key == self._graph_key and not self.expired and list(map(id, tensors)) == self._ids
+        return graph_key == self._graph_key and self.consists_of(tensors)
+
+    def consists_of(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these are the parameters and buffers that identify the model."""
+        return not self.expired and list(map(id, tensors)) == self._ids
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
@@ -112,26 +121,30 @@ class Binding:
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         return not self.expired and owned.issuperset(self._ids)
 
-    def states(self, specs: tuple[LayerSpec, ...], history: bool = False) -> list[LayerState]:
+    def states(self, specs: tuple[LayerSpec, ...], history: bool = False, probe: bool = False) -> list[LayerState]:
         """The states for one input shape, in the order of the graph's layers; empty ones on first use.
 
-        `history` is the same at each call: it is part of the graph.
+        `history` and `probe` are the same at each call: they are part of the graph.
         """
+        if specs is self._latest[0]:
+            return self._latest[1]
         found = self._states.get(specs)
         if found is None:
             while len(self._states) >= MAX_SHAPES:
                 self._states.popitem(last=False)
             names = self.names or [spec.layer for spec in specs]
             named = [replace(spec, layer=name) for spec, name in zip(specs, names, strict=True)]
-            found = [self._empty_state(spec, history) for spec in named]
+            found = [self._empty_state(spec, history, probe) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
+        self._latest = specs, found
         return found
 
-    def _empty_state(self, spec: LayerSpec, history: bool) -> LayerState:
+    def _empty_state(self, spec: LayerSpec, history: bool, probe: bool) -> LayerState:
         state = _zeros(spec.shape, self._device)
         record = _zeros(history_shape(spec.shape[0]), self._device, torch.int64) if history else None
-        return LayerState(spec, state, self.clock, record)
+        dropped = _zeros(probe_shape(spec.shape[0]), self._device, torch.float64) if probe else None
+        return LayerState(spec, state, self.clock, record, dropped)
 
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""
@@ -144,6 +157,7 @@ class Binding:
         """Follow another clock from now on, with empty states; `names` of the layers in its module."""
         self.clock, self.names, self.mask_watch = clock, tuple(names), None
         self._states.clear()
+        self._latest = None, []
 
     def tensors(self) -> list[Tensor | None]:
         """The parameters and buffers that identify the model, the weights of the graph's layers first."""
@@ -153,6 +167,12 @@ class Binding:
         """The states for all shapes, the most recently used shape first."""
         recent = enumerate(reversed(list(self._states.values())))
         return [replace(state, latest=number == 0) for number, states in recent for state in states]
+
+    def check_ranges(self, ranges: KeyRanges) -> None:
+        """Raise `OptionValueError` if ranges that are to be set do not fit the graph or its layers."""
+        before = [override.ranges for override in overrides_of(self.tensors())]
+        combined = combine_ranges(self.default_ranges, [ranges, *before])
+        check_lengths(combined, [(state.layer, state.spec.k_len) for state in self.all_states()])
 
     def void(self) -> None:
         """Empty all skip masks."""
@@ -173,34 +193,6 @@ def _expire(binding: weakref.ref[Binding], _: object) -> None:
 
 _registry: weakref.WeakSet[Binding] = weakref.WeakSet()
 _registry_lock = threading.RLock()
-_by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
-_calls = itertools.count(1)
-
-
-def find_binding(graph_key: Hashable, tensors: Sequence[Tensor], words: int, device: torch.device) -> Binding:
-    """The binding of the model that `tensors` identify, under the graph of that key; made on first use.
-
-    Args:
-        tensors: weights of the graph's rewritten layers, in their order, and all other parameters and buffers.
-        words: length of the clock.
-    """
-    with _registry_lock:
-        candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
-        found = next((binding for binding in candidates if binding.serves(graph_key, tensors)), None)
-        rewrites = 0
-        if found is not None:
-            candidates.remove(found)
-            if not found.unchanged(tensors):
-                rewrites = found.rewrites + 1
-                found = None
-        if found is None:
-            found = Binding(graph_key, tensors, words, device)
-        found.rewrites = rewrites
-        found.calls += 1
-        found.last_call = next(_calls)
-        living = [binding for binding in candidates if not binding.expired]
-        candidates[:] = [*living[-MAX_BINDINGS + 1 :], found]  # the least recently used go
-        return found
 
 
 def bindings(model: nn.Module | None = None) -> list[Binding]:
@@ -218,11 +210,16 @@ def layer_states(model: nn.Module | None = None) -> list[LayerState]:
 
     A layer that was compiled several times, under other options say, has others as well, which are not in use.
     """
+    return [state for binding in bindings_in_use(model) for state in binding.all_states()]
+
+
+def bindings_in_use(model: nn.Module | None = None) -> list[Binding]:
+    """The bindings that some layer of a model (None: of all) was used with last, in the order of their last calls."""
     latest: dict[int, Binding] = {}
     ordered = sorted(bindings(model), key=lambda binding: binding.last_call)
     for binding in ordered:
         latest |= dict.fromkeys(binding.weights(), binding)
-    return [state for b in ordered if any(x is b for x in latest.values()) for state in b.all_states()]
+    return [binding for binding in ordered if any(found is binding for found in latest.values())]
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

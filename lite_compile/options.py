@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
+from .dense_layers import NO_DENSE_LAYERS, DenseLayers, check_dense_layers
 from .errors import OptionTypeError, OptionValueError, nearest, wrong_type, wrong_value
-from .ops import MAX_PROTECTED
+from .key_ranges import KeyRanges, Positions, check_disjoint, check_ranges, is_pair, is_range
+from .ops import CRITERIA, MAX_PROTECTED
 from .schedule import Thresholds, as_thresholds, check_threshold
 from .trajectory import DenseSteps
 
 Inner = Literal["inductor", "aot_eager", "eager"]
 KernelName = Literal["auto", "hopper", "triton", "cpu"]
 OnUnsupported = Literal["dense", "error"]
-Positions = tuple[int, int | None]
-"""Start and end in a sequence, half-open, as in a slice."""
+Criterion = Literal["max", "mass"]
 
 
 def _option(default: Any, check: Callable[[str, Any], Any], doc: str) -> Any:
@@ -43,6 +43,11 @@ def _boolean(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise wrong_type(name, value, "True or False")
     return value
+
+
+def _integer_or_none(minimum: int, maximum: int) -> Callable[[str, Any], int | None]:
+    check = _integer(minimum, maximum, "None, or ")
+    return lambda name, value: None if value is None else check(name, value)
 
 
 def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
@@ -79,27 +84,11 @@ def _protect(name: str, value: Any) -> tuple[Positions, ...] | Literal["auto"]:
     if isinstance(value, str) and value == "auto":
         return "auto"
     pairs = () if value is None else value
-    if not isinstance(pairs, list | tuple) or not all(map(_is_pair, pairs)):
+    if not isinstance(pairs, list | tuple) or not all(map(is_pair, pairs)):
         raise wrong_type(name, value, allowed)
-    if len(pairs) > MAX_PROTECTED or not all(start < end or start >= 0 > end for start, end in map(_closed, pairs)):
+    if len(pairs) > MAX_PROTECTED or not all(map(is_range, pairs)):
         raise wrong_value(name, value, allowed)
     return tuple((start, end) for start, end in pairs)
-
-
-def _is_pair(value: Any) -> bool:
-    """Whether a value is two integers, or an integer and None."""
-    if not isinstance(value, list | tuple) or len(value) != 2:
-        return False
-    start, end = (isinstance(bound, int) and not isinstance(bound, bool) for bound in value)
-    return start and (end or value[1] is None)
-
-
-def _closed(pair: Positions) -> tuple[int, float]:
-    """Start and end as numbers that can be compared if they count from the same side."""
-    start, end = pair
-    if end is None:
-        return start, math.inf
-    return start, -math.inf if start < 0 <= end else end
 
 
 def _one_of(*choices: str) -> Callable[[str, Any], str]:
@@ -175,12 +164,25 @@ class Options:
         "step on, in log2 units (<= 0). More negative is more careful; -inf skips only what a mask hides. A number, a "
         "Schedule or a list of numbers over the trajectory, or a dict of these by layer-name globs.",
     )
+    criterion: Criterion = _option(
+        "max",
+        _one_of(*CRITERIA),
+        "What the threshold limits. 'max': how near the heaviest key of a skipped tile may come to its row's. 'mass': "
+        "it is the log2 of how much of a row's softmax may be skipped in a generation, all tiles together, each "
+        "measured when it is marked.",
+    )
     dense_steps: DenseSteps = _option(
         DenseSteps(),
         _dense_steps,
         "The first and last steps that compute everything and mark nothing: integers count steps, floats are shares of "
         "the trajectory. How many steps there are is known from lite_compile.generation(model, steps=...) or from the "
         "generation before; else a count of last steps has no effect.",
+    )
+    refresh_every: int | None = _option(
+        None,
+        _integer_or_none(1, 2**30),
+        "Every so many steps of a generation one step computes everything and marks anew, so that a tile that matters "
+        "again is found. None: marks stay until the generation ends.",
     )
     min_seq_len: int | Literal["auto"] = _option(
         "auto",
@@ -196,6 +198,11 @@ class Options:
     )
     layers: tuple[str, ...] = _option(("*",), _globs, "Globs: only layers whose name matches one are rewritten.")
     exclude_layers: tuple[str, ...] = _option((), _globs, "Globs: layers whose name matches one stay dense.")
+    dense_layers: DenseLayers = _option(
+        NO_DENSE_LAYERS,
+        check_dense_layers,
+        "Layers that skip nothing: globs, or a pair (first, last) that counts layers from the model's ends.",
+    )
     kernel: KernelName = _option(
         "auto",
         _one_of("auto", "hopper", "triton", "cpu"),
@@ -215,10 +222,27 @@ class Options:
         "Positions (start, end) whose tiles are always computed, in the sequence of each rewritten layer; negative "
         "ones count from the end. 'auto' finds the text in joint attention.",
     )
+    must_compute: tuple[Positions, ...] | None = _option(
+        None,
+        check_ranges,
+        "Ranges (start, end) of keys whose tiles are always computed, in the sequence of each rewritten layer. None: "
+        "there are none; a list, also an empty one: lite_compile.set_ranges can change them without compiling anew.",
+    )
+    must_skip: tuple[Positions, ...] | None = _option(
+        None,
+        check_ranges,
+        "Ranges (start, end) of keys that are never attended to, in the same manner, as if a mask hid them.",
+    )
     history: bool = _option(
         False,
         _boolean,
         "Whether the graph also writes down the density of each step, for `stats()`, `plot()` and `save_report()`.",
+    )
+    probe: bool = _option(
+        False,
+        _boolean,
+        "Whether the graph also measures, on sampled queries, the softmax mass that each layer drops at each step, for "
+        "`stats()`, `plot()` and `save_report()`.",
     )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
@@ -240,6 +264,7 @@ class Options:
         for entry in dataclasses.fields(self):
             checked = entry.metadata["check"](entry.name, getattr(self, entry.name))
             object.__setattr__(self, entry.name, checked)
+        check_disjoint(self.ranges)
         if self.inner != "inductor" and (self.mode not in (None, "default") or self.inductor):
             name = "inductor" if self.inductor else "mode"
             raise OptionValueError(
@@ -268,6 +293,11 @@ class Options:
     def thresholds(self) -> Thresholds:
         """`threshold` as one kind of object."""
         return as_thresholds(self.threshold)
+
+    @property
+    def ranges(self) -> KeyRanges:
+        """`must_compute` and `must_skip` together."""
+        return KeyRanges(self.must_compute, self.must_skip)
 
     @property
     def names(self) -> LayerNames:

@@ -1,21 +1,23 @@
-"""`set_threshold`: thresholds that take the place of the option's, for one model, without compiling anything anew.
+"""`set_threshold` and `set_ranges`: values that take the place of an option's, for one model, compiling nothing anew.
 
-Setting only notes what is wanted. Each graph compares a number at the beginning of a call and writes its table of
-thresholds when there is something new for its model, so that no call sees a table change.
+Setting only notes what is wanted. Each graph compares a number at the beginning of a call and writes its tables when
+there is something new for its model, so that no call sees a table change.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .schedule import Thresholds, as_thresholds, check_threshold
+from .dense_layers import ExactLayers
+from .errors import OptionValueError
+from .key_ranges import NO_RANGES, KeyRanges, check_disjoint, range_table
+from .schedule import Thresholds
 from .threshold_table import threshold_table
 
 
@@ -25,7 +27,9 @@ class Override:
 
     number: int
     """Counts the overrides of all models."""
-    thresholds: Thresholds
+    thresholds: Thresholds | None = None
+    ranges: KeyRanges = NO_RANGES
+    """Those of its kinds that are None were not set."""
 
 
 _overrides: weakref.WeakKeyDictionary[nn.Module, Override] = weakref.WeakKeyDictionary()
@@ -33,12 +37,14 @@ _lock = threading.Lock()
 _latest = 0
 
 
-def override(model: nn.Module, threshold: Any) -> None:
-    """Let `model` follow `threshold` (any value of the option) from its next call on."""
+def override(model: nn.Module, thresholds: Thresholds | None = None, ranges: KeyRanges = NO_RANGES) -> None:
+    """Let `model` follow these from its next call on; what is None stays as it is."""
     global _latest
-    thresholds = as_thresholds(check_threshold("threshold", threshold))
     with _lock:
-        _overrides[model] = Override(_latest + 1, thresholds)
+        before = _overrides.get(model, Override(0))
+        thresholds = before.thresholds if thresholds is None else thresholds
+        kinds = [old if new is None else new for old, new in zip(before.ranges, ranges, strict=True)]
+        _overrides[model] = Override(_latest + 1, thresholds, KeyRanges(*kinds))
         _latest += 1
 
 
@@ -76,28 +82,36 @@ class ThresholdsInForce:
         self._device = device
         self._number = -1
         self._thresholds: Thresholds | None = None
+        self.exact: frozenset[str] = frozenset()
+        """Layers that skip nothing, whatever the threshold."""
         self.layers: tuple[str, ...] = ()
+        self.criterion = "max"
+        """The option of that name."""
         self.table: Tensor | None = None
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
     def update(
-        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int
-    ) -> bool:
+        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int,
+        exact: frozenset[str] = frozenset(),
+    ) -> bool:  # fmt: skip
         """Write the table if it is not what a call should see; whether masks made under other thresholds may exist.
 
         Args:
             default: what holds without an override.
             tensors: gives the parameters and buffers of the graph; asked only if something was set since.
             number: `latest_override()` when the call of the model began; later ones wait for the next call.
+            exact: names of layers that skip nothing, whatever the threshold.
         """
-        if number == self._number and layers == self.layers:
+        if number == self._number and layers == self.layers and exact == self.exact:
             return False
-        found = next(overrides_of(tensors()), None)
-        if found is not None and found.number > number:
+        found = list(overrides_of(tensors()))
+        if found and found[0].number > number:
             return False
-        thresholds = default if found is None else found.thresholds
+        thresholds = next((override.thresholds for override in found if override.thresholds is not None), default)
+        thresholds.check_criterion(self.criterion)
+        thresholds = ExactLayers(thresholds, exact) if exact else thresholds
         if (thresholds, layers) == (self._thresholds, self.layers):
-            self._number = number
+            self._number, self.exact = number, exact
             return False
         values = threshold_table(thresholds, layers)
         with torch.inference_mode(False), torch.no_grad():
@@ -105,5 +119,64 @@ class ThresholdsInForce:
                 self.table = torch.empty_like(values, device=self._device)
             self.table.copy_(values, non_blocking=True)
         changed = self._thresholds is not None
-        self._number, self._thresholds, self.layers = number, thresholds, layers
+        self._number, self._thresholds, self.exact, self.layers = number, thresholds, exact, layers
         return changed
+
+
+class RangesInForce:
+    """The ranges of keys of one graph for one model, as the graph reads them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._number = -1
+        self._ranges: KeyRanges | None = None
+        self._checked: Sequence[object] | None = None
+        self.table: Tensor | None = None
+        """int32, see `key_ranges.range_table`; its address stays as it is."""
+
+    def update(self, default: KeyRanges, tensors: Callable[[], Iterable[Tensor | None]], number: int) -> bool:
+        """As `ThresholdsInForce.update`. `default` also says which kinds the graph can be told."""
+        if number == self._number:
+            return False
+        found = list(overrides_of(tensors()))
+        if found and found[0].number > number and self.table is not None:
+            return False
+        ranges = combine_ranges(default, [override.ranges for override in found])
+        self._number = number
+        if ranges == self._ranges:
+            return False
+        with torch.inference_mode(False), torch.no_grad():
+            if self.table is None:
+                self.table = torch.empty_like(range_table(ranges), device=self._device)
+            self.table.copy_(range_table(ranges), non_blocking=True)
+        changed = self._ranges is not None
+        self._ranges, self._checked = ranges, None
+        return changed
+
+    def check(self, layers: Sequence[tuple[str, int]]) -> None:
+        """Raise `OptionValueError` if the ranges do not fit layers of that name and number of keys."""
+        if self._ranges is not None and layers is not self._checked:
+            check_lengths(self._ranges, layers)
+            self._checked = layers
+
+
+def combine_ranges(default: KeyRanges, found: Sequence[KeyRanges]) -> KeyRanges:
+    """The ranges that hold: of each kind the first that was set, or the default. None of a kind that a graph lacks."""
+    kinds = []
+    for name in KeyRanges._fields:
+        compiled = getattr(default, name)
+        given = next((value for ranges in found if (value := getattr(ranges, name)) is not None), None)
+        if given and compiled is None:
+            raise OptionValueError(
+                f"{name} is {list(given)} by lite_compile.set_ranges, but the model was compiled without the option "
+                f"{name!r}; allowed: [], or a model that was compiled with options={{{name!r}: []}}"
+            )
+        kinds.append(given if compiled is not None and given is not None else compiled)
+    return KeyRanges(*kinds)
+
+
+def check_lengths(ranges: KeyRanges, layers: Iterable[tuple[str, int]]) -> None:
+    """Raise `OptionValueError` if the ranges do not fit layers of that name and number of keys."""
+    names = {keys: layer for layer, keys in layers}
+    for keys, layer in names.items():
+        check_disjoint(ranges, keys, f" in layer {layer!r}, which has {keys} keys")

@@ -13,7 +13,7 @@ import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_leaves
 
 from .clock import RESET, advance, clock_words, identify
 from .layer_state import versions
+from .module_contents import ModuleContents, module_tensors
 from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
 from .overrides import latest_override, touching_override
 from .passes.find_attention import is_made_up
@@ -40,6 +41,7 @@ _numbers = itertools.count(1)
 _lock = threading.RLock()
 _roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Root]] = weakref.WeakKeyDictionary()
 """Every module that has had hooks. They own its `Root`, whose running call refers to the module: it goes with it."""
+_signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -66,9 +68,9 @@ class RootCall:
     """`latest_override()` when the call began."""
     number: int = field(default_factory=lambda: next(_numbers))
 
-    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
-        """The root's clock for that many streams and those dense steps."""
-        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps)
+    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int) -> RootClock:
+        """The root's clock for that many streams, those dense steps and refreshes."""
+        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps, refresh_every)
 
     @property
     def module(self) -> nn.Module:
@@ -84,8 +86,10 @@ class RootCall:
 class RootClock:
     """A clock outside of the graphs, and where the current call stands by it."""
 
-    def __init__(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> None:
-        self._max_streams, self._dense_steps = max_streams, dense_steps
+    def __init__(
+        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
+    ) -> None:
+        self._max_streams, self._dense_steps, self._refresh_every = max_streams, dense_steps, refresh_every
         self._call = 0
         self._identified: dict[tuple[int, ...], tuple[list[Any], Tensor]] = {}
         with torch.inference_mode(False):
@@ -102,7 +106,8 @@ class RootClock:
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
                 t = given.timestep
                 timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
-                now = advance(self.clock, latents, timestep, conditions, self._max_streams, self._dense_steps)
+                rules = (self._max_streams, self._dense_steps, self._refresh_every)
+                now = advance(self.clock, latents, timestep, conditions, *rules)
                 self.now.copy_(now)
         return self.now
 
@@ -125,15 +130,19 @@ class Root:
         self._clocks: dict[tuple[Hashable, ...], RootClock] = {}
         self._override = latest_override()
         self.call: RootCall | None = None
-        self._contents = _Contents(module)
+        self.layers: tuple[str, ...] = ()
+        """Names of the rewritten layers that have run so far, in the order in which the module holds them."""
+        self._contents = ModuleContents(module)
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
 
-    def clock(self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps) -> RootClock:
-        """The clock for that many streams and conditioning inputs, and those dense steps."""
-        key = (max_streams, conditions, device, *dense_steps.key)
+    def clock(
+        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
+    ) -> RootClock:
+        """The clock for that many streams and conditioning inputs, those dense steps and refreshes."""
+        key = (max_streams, conditions, device, *dense_steps.key, refresh_every)
         if key not in self._clocks:
-            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps)
+            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps, refresh_every)
         return self._clocks[key]
 
     def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:
@@ -149,12 +158,25 @@ class Root:
                 self.call = None
             else:
                 self.call = RootCall(self, frame, threading.get_ident(), found, override)
-            changed = not self._contents.unchanged(module)  # a LoRA, a prompt in a buffer
+            changed = not self._contents.unchanged()  # a LoRA, a prompt in a buffer
             if changed:
-                self._contents = _Contents(module)
-            if changed or (override != before and touching_override(_tensors(module)) > before):
+                self._contents = ModuleContents(module)
+            if changed or (override != before and touching_override(module_tensors(module)) > before):
                 for clock in self._clocks.values():
                     clock.clock[RESET].fill_(1)
+
+    def add_layers(self, module: nn.Module, names: Sequence[str]) -> None:
+        """Let `layers` have these names as well."""
+        if set(names) <= set(self.layers):
+            return
+        places = {name.replace("_orig_mod.", ""): place for place, (name, _) in enumerate(module.named_modules())}
+
+        def place(layer: str) -> int:
+            while layer not in places:  # what is made up stands below a module; the root's own name is empty
+                layer = layer.rpartition(".")[0]
+            return places[layer]
+
+        self.layers = tuple(sorted(dict.fromkeys((*self.layers, *names)), key=place))
 
     def leave(self, frame: FrameType) -> None:
         """A call is over."""
@@ -193,21 +215,6 @@ class _LeaveHook(_Hook):
         root, frame = root_of(module), _calling_frame(module)
         if root is not None and frame is not None:
             root.leave(frame)
-
-
-class _Contents:
-    """The parameters and buffers of a module as they are now."""
-
-    def __init__(self, module: nn.Module) -> None:
-        tensors = _tensors(module)
-        self._tensors = list(map(weakref.ref, tensors))
-        self._versions = versions(tensors)
-
-    def unchanged(self, module: nn.Module) -> bool:
-        """Whether none was replaced or written to since."""
-        tensors = _tensors(module)
-        same = len(tensors) == len(self._tensors) and all(map(_refers_to, self._tensors, tensors))
-        return same and versions(tensors) == self._versions
 
 
 def root_of(module: nn.Module) -> Root | None:
@@ -271,11 +278,12 @@ def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
     """Latents, timestep and conditioning among the arguments of a call, by their names; or what is missing."""
     original = getattr(module, "_orig_mod", module)
     try:
-        bound = inspect.signature(original.forward).bind(*args, **kwargs).arguments
+        signature = _signature(original.forward)
+        bound = signature.bind(*args, **kwargs).arguments
     except (TypeError, ValueError):
         return "the arguments do not fit the signature of forward"
     named = dict(bound)
-    for name, parameter in inspect.signature(original.forward).parameters.items():
+    for name, parameter in signature.parameters.items():
         if parameter.kind is parameter.VAR_KEYWORD:
             named.update(named.pop(name, {}))
     latents = {n: tensors for n, x in named.items() if n in LATENT_NAMES and (tensors := _as_latents(x))}
@@ -294,6 +302,16 @@ def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any
         conditions.append(condition)
     all_latents = itertools.chain(latents[name], *joint.values())
     return ClockArguments(tuple(all_latents), timesteps[time], tuple(conditions), (name, time))
+
+
+def _signature(forward: Callable[..., Any]) -> inspect.Signature:
+    """Signature of a method; of one that is not patched, it is read only once."""
+    if not inspect.ismethod(forward):
+        return inspect.signature(forward)
+    function = forward.__func__
+    if function not in _signatures:
+        _signatures[function] = inspect.signature(forward)
+    return _signatures[function]
 
 
 def describe_root(found: RootFrame) -> str:
@@ -372,15 +390,6 @@ def _is_exact(number: int | float) -> bool:
 def _usable(x: Any) -> Any:
     """Tensors made under inference mode cannot be used outside of it as they are."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
-
-
-def _tensors(module: nn.Module) -> list[Tensor]:
-    owned = (tensor for part in module.modules() for tensor in (*part._parameters.values(), *part._buffers.values()))
-    return [tensor for tensor in owned if tensor is not None]
-
-
-def _refers_to(reference: weakref.ref[Tensor], tensor: Tensor) -> bool:
-    return reference() is tensor
 
 
 def _calling_frame(module: nn.Module) -> FrameType | None:

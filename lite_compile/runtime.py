@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import sympy
@@ -17,7 +17,10 @@ from torch import Tensor, fx
 from .announce import tell_steps
 from .clock import RESET
 from .clock_source import ClockSource
-from .layer_state import Binding, LayerSpec, find_binding
+from .dense_layers import NO_DENSE_LAYERS, DenseLayers, choose_layers
+from .find_binding import BindingFinder
+from .key_ranges import NO_RANGES, KeyRanges, range_table
+from .layer_state import Binding, LayerSpec
 from .mask_watch import MaskWatch
 from .options import LayerNames
 from .overrides import latest_override
@@ -33,6 +36,12 @@ MAX_REWRITES, MAX_FRESH = 16, 512
 """So many calls in a row without any mask to use are no coincidence; one graph may serve a hundred blocks."""
 
 
+@lru_cache(maxsize=256)
+def _choose_layers(rule: DenseLayers, names: LayerNames, layers: tuple[str, ...]) -> frozenset[str]:
+    """Those of a model's layers that skip nothing; excluded ones do not count."""
+    return choose_layers(rule, tuple(filter(names.allow, layers))) if rule.any else frozenset()
+
+
 class SizeResolver:
     """Evaluates symbolic sizes of a graph from the arguments of a call."""
 
@@ -45,22 +54,20 @@ class SizeResolver:
             elif isinstance(value, torch.Tensor):
                 for dim, size in enumerate(value.shape):
                     self._bind(size, partial(_read_size, index, dim))
-        self._cache: dict[tuple[int, ...], tuple[tuple[int, ...], ...]] = {}
 
     def _bind(self, size: Size, read: Callable[[Sequence[Any]], int]) -> None:
         expression = size.node.expr if isinstance(size, torch.SymInt) else None
         if isinstance(expression, sympy.Symbol):
             self._bindings.setdefault(expression, read)
 
-    def resolve(self, sizes: Sequence[Sequence[Size]], args: Sequence[Any]) -> tuple[tuple[int, ...], ...]:
-        """`sizes` as integers, for a call with `args`. Always asked for the same sizes."""
-        values = tuple(read(args) for read in self._bindings.values())
-        resolved = self._cache.get(values)
-        if resolved is None:
-            substitution = dict(zip(self._bindings, map(sympy.Integer, values), strict=True))
-            resolved = tuple(tuple(_evaluate(size, substitution) for size in group) for group in sizes)
-            self._cache[values] = resolved
-        return resolved
+    def read(self, args: Sequence[Any]) -> tuple[int, ...]:
+        """What the symbols are in a call with `args`."""
+        return tuple([read(args) for read in self._bindings.values()])
+
+    def resolve(self, sizes: Sequence[Sequence[Size]], values: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """`sizes` as integers, where the symbols are `values`."""
+        substitution = dict(zip(self._bindings, map(sympy.Integer, values), strict=True))
+        return tuple(tuple(_evaluate(size, substitution) for size in group) for group in sizes)
 
 
 def _read_int(index: int, args: Sequence[Any]) -> int:
@@ -114,10 +121,19 @@ class StateInputs:
     """Which layers may use their state, if the names that the graph knows are parts of names."""
     thresholds: Thresholds
     dense_steps: DenseSteps
+    refresh_every: int = 0
+    """Steps between two that mark anew; 0: none does."""
+    dense_layers: DenseLayers | frozenset[str] = NO_DENSE_LAYERS
+    """Layers that skip nothing: their names or, where these are known late, what they follow from."""
+    ranges: KeyRanges = NO_RANGES
+    """Ranges of keys; where there are any, their table follows that of the thresholds."""
     history: bool = False
     """Whether one density history per layer follows the states."""
+    probe: bool = False
+    """Whether one history of what was dropped per layer follows them."""
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
+    criterion: str = "max"
 
 
 class StatefulGraph:
@@ -128,13 +144,24 @@ class StatefulGraph:
         position = {node: index for index, node in enumerate(inputs)}
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
-        self._key = (graph_key(graph), state.thresholds, *state.dense_steps.key)
+        self._key = (
+            graph_key(graph),
+            state.thresholds,
+            *state.dense_steps.key,
+            state.refresh_every,
+            state.dense_layers,
+            state.ranges,
+        )
         self._layers = [(layer.layer, layer.tile) for layer in state.layers]
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
-        self._names, self._clock_words, self._history = state.names, state.clock_words, state.history
-        self._thresholds, self._dense_steps = state.thresholds, state.dense_steps
+        self._names, self._history, self._probe = state.names, state.history, state.probe
+        self._thresholds = state.thresholds
+        self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
+        self._dense_layers, self._ranges = state.dense_layers, state.ranges
+        self._no_ranges = range_table(NO_RANGES).to(state.device)
+        self._criterion = state.criterion
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -142,26 +169,33 @@ class StatefulGraph:
         self._identity = [position[layer.weight] for layer in state.layers]
         owned = [index for index, node in enumerate(inputs) if is_parameter(node) or is_buffer(node)]
         self._identity += [index for index in owned if index not in set(self._identity)]
+        self._bindings = BindingFinder(self._key, state.clock_words, state.device)
+        self._allowed: dict[tuple[str, ...], bool] = {}
         self._fresh_in_a_row, self._warned = 0, False
         self._resolver = SizeResolver(inputs)
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
-        self._specs: dict[tuple[tuple[int, ...], ...], tuple[LayerSpec, ...]] = {}
+        self._lengths: dict[tuple[LayerSpec, ...], list[tuple[str, int]]] = {}
+        self._specs: dict[tuple[int, ...], tuple[LayerSpec, ...]] = {}
 
     def __call__(self, *args: Any) -> Any:
-        tensors = [args[index] for index in self._identity]
-        binding = find_binding(self._key, tensors, self._clock_words, self._device)
+        binding = self._bindings.find([args[index] for index in self._identity])
         self._warn_if_nothing_lasts(binding)
         with binding.lock:
             clock = self._follow_root(binding, args) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
-            states = binding.states(self._resolve(args), self._history)
+            specs = self._resolve(args)
+            states = binding.states(specs, self._history, self._probe)
             histories = [state.history for state in states] if self._history else []
-            thresholds = self._no_thresholds if table is None else table
-            return self._compiled(*args, clock, thresholds, *(state.state for state in states), *histories)
+            histories += [state.probe for state in states] if self._probe else []
+            tables = [self._no_thresholds if table is None else table]
+            if self._ranges.any:
+                tables.append(self._range_table(binding, specs))
+            return self._compiled(*args, clock, *tables, *(state.state for state in states), *histories)
 
     def _own_clock(self, binding: Binding) -> Tensor:
         """The clock that the graph advances or, if the user drives it, reads."""
-        changed = self._follow_thresholds(binding, latest_override())
+        number = latest_override()
+        changed = self._follow_ranges(binding, number) | self._follow_thresholds(binding, number)
         if self._source is ClockSource.ANNOUNCED:
             if changed:
                 binding.void()
@@ -173,8 +207,26 @@ class StatefulGraph:
             self._tell_steps(binding, binding.clock)
         return binding.clock
 
-    def _follow_thresholds(self, binding: Binding, number: int) -> bool:
-        return binding.thresholds.update(self._thresholds, binding.names or self._layer_names, binding.tensors, number)
+    def _follow_thresholds(self, binding: Binding, number: int, layers: tuple[str, ...] = ()) -> bool:
+        """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
+        binding.thresholds.criterion = self._criterion
+        rule, names = self._dense_layers, binding.names or self._layer_names
+        exact = rule if isinstance(rule, frozenset) else _choose_layers(rule, self._names, layers)
+        return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
+
+    def _follow_ranges(self, binding: Binding, number: int) -> bool:
+        if not self._ranges.any:
+            return False
+        binding.default_ranges = self._ranges
+        return binding.ranges.update(self._ranges, binding.tensors, number)
+
+    def _range_table(self, binding: Binding, specs: tuple[LayerSpec, ...]) -> Tensor:
+        """The table of the ranges, none for layers that the options exclude."""
+        table = binding.ranges.table
+        if table is None or not self._allows(binding.names):
+            return self._no_ranges
+        binding.ranges.check(self._lengths[specs])
+        return table
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
         anchor = binding.tensors()[0] if self._dense_steps.count_last else None
@@ -184,17 +236,21 @@ class StatefulGraph:
     def _follow_root(self, binding: Binding, args: Sequence[Any]) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
+        if self._follow_ranges(binding, latest_override() if call is None else call.override):
+            binding.void()
         if call is None:
             return self._dense
-        root = call.clock(self._max_streams, self._device, self._dense_steps)
+        root = call.clock(self._max_streams, self._device, self._dense_steps, self._refresh_every)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone.
-        if self._follow_thresholds(binding, call.override):
+            call.root.add_layers(call.module, binding.names)
+        # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
+        # a layer that ran for the first time shows that this one is not the last.
+        if self._follow_thresholds(binding, call.override, call.root.layers):
             binding.void()
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
-        if binding.served == call.number or not all(map(self._names.allow, binding.names)):
+        if binding.served == call.number or not self._allows(binding.names):
             return self._dense
         binding.served = call.number
         self._tell_steps(binding, root.clock)
@@ -204,6 +260,12 @@ class StatefulGraph:
         given = root.identify([args[index] for index in self._masks])
         binding.mask_watch = binding.mask_watch or MaskWatch(now, self._max_streams, len(given))
         return binding.mask_watch.follow(now, given)
+
+    def _allows(self, names: tuple[str, ...]) -> bool:
+        """Whether the options allow that these layers are rewritten."""
+        if names not in self._allowed:
+            self._allowed[names] = all(map(self._names.allow, names))
+        return self._allowed[names]
 
     def _warn_if_nothing_lasts(self, binding: Binding) -> None:
         self._fresh_in_a_row = self._fresh_in_a_row + 1 if binding.calls == 1 else 0
@@ -217,12 +279,14 @@ class StatefulGraph:
             )
 
     def _resolve(self, args: Sequence[Any]) -> tuple[LayerSpec, ...]:
-        resolved = self._resolver.resolve(self._sizes, args)
-        specs = self._specs.get(resolved)
+        values = self._resolver.read(args)
+        specs = self._specs.get(values)
         if specs is None:
+            resolved = self._resolver.resolve(self._sizes, values)
             specs = tuple(
                 LayerSpec(layer, tuple(shape), tile, q_len, k_len)
                 for (layer, tile), (*shape, q_len, k_len) in zip(self._layers, resolved, strict=True)
             )
-            self._specs[resolved] = specs
+            self._specs[values] = specs
+            self._lengths[specs] = [(spec.layer, spec.k_len) for spec in specs]
         return specs

@@ -45,6 +45,20 @@ class DenseSteps(NamedTuple):
 NONE_DENSE = DenseSteps()
 
 
+def is_refresh(step: Tensor, last_step: Tensor, refresh_every: int) -> Tensor:
+    """bool: whether a stream has to mark anew at `step`, as every `refresh_every` steps; 0: never.
+
+    It is due at the first step of the stream from a multiple of `refresh_every` on, so that a stream that skips steps
+    (guidance that pauses) does not miss it, and that a step is due once.
+
+    Args:
+        last_step: int32, the step that the stream was used in before.
+    """
+    if refresh_every == 0:
+        return torch.zeros_like(last_step, dtype=torch.bool)
+    return step // refresh_every > last_step // refresh_every
+
+
 def time_scale(t: Tensor, first_t: Tensor, scale: Tensor) -> Tensor:
     """Where the time of a rising generation ends, float32; it stays at `THOUSANDS` once it is known to be that.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import fx
+from torch.fx.node import Argument
 
 from ..announce import read_announced
 from ..clock import advance, clock_words
@@ -16,7 +17,7 @@ from .graph_inputs import append_input, fake_mode, placeholders
 
 def insert_step_guard(
     gm: fx.GraphModule, source: ClockInputs | ClockSource, max_streams: int, device: torch.device,
-    dense_steps: DenseSteps = NONE_DENSE,
+    dense_steps: DenseSteps = NONE_DENSE, refresh_every: int = 0,
 ) -> fx.Node:  # fmt: skip
     """Append the clock as a graph input and advance it before anything else runs.
 
@@ -32,13 +33,14 @@ def insert_step_guard(
         return append_input(gm.graph, "lite_now", fake_now)
     clock = append_input(gm.graph, "lite_clock", fake_clock)
     dense = (tuple(dense_steps),) if dense_steps.any else ()
+    refresh: dict[str, Argument] = {"refresh_every": refresh_every} if refresh_every else {}
     with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
         if isinstance(source, ClockSource):
-            now = gm.graph.call_function(read_announced, (clock, max_streams, *dense))
+            now = gm.graph.call_function(read_announced, (clock, max_streams, *dense), refresh)
         else:
             latents = [source.latents, *source.more_latents] if source.more_latents else source.latents
             arguments = (clock, latents, source.timestep, list(source.conditions), max_streams, *dense)
-            now = gm.graph.call_function(advance, arguments)
+            now = gm.graph.call_function(advance, arguments, refresh)
     now.name = "now"
     now.meta["example_value"] = fake_now
     return now

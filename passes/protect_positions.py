@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from ..options import Positions
+from ..key_ranges import Positions
 from .attention_site import AttentionSite, Protection
 from .graph_inputs import fake_tensor
 from .planned_nodes import plan

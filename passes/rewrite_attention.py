@@ -15,7 +15,8 @@ from .. import ops
 from ..skip_state import TileShape, state_shape
 from .attention_site import AttentionSite
 from .decide_attention import Rewrite
-from .graph_inputs import append_input, fake_tensor
+from .graph_inputs import append_input, fake_tensor, fake_value
+from .insert_ranges import RangeNodes
 from .planned_nodes import Operand, copy_origin, emit, plan
 
 Size = int | torch.SymInt
@@ -33,27 +34,33 @@ class StateInput:
     k_len: Size
     shape: tuple[Size, ...]
     """int32 `[streams, B, H, q_tiles, row_words]`, possibly symbolic."""
+    dropped: fx.Node | None = None
+    """With `probe`: float32 `[2]`, mean and maximum of the softmax mass that sampled rows lose."""
 
 
 def rewrite_attention(
-    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int
-) -> list[StateInput]:
+    gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int,
+    criterion: str = "max", ranges: RangeNodes | None = None, probe: bool = False,
+) -> list[StateInput]:  # fmt: skip
     """Replace each site by `lite_compile::attend`; the rest of the graph is untouched.
 
     Args:
         now: int32 `[NOW_WORDS]`: where the call stands.
         thresholds: float32 `[len(rewrites)]`: one for each site, in log2 units.
+        criterion: what they are compared with, one of `ops.CRITERIA`.
+        ranges: makes what the op is told about ranges of keys; None: there are none.
+        probe: measure what each site drops as well.
     """
     emitted: dict[Operand, fx.Node] = {}
     return [
-        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, emitted)
+        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, criterion, emitted, ranges, probe)
         for number, rewrite in enumerate(rewrites)
     ]
 
 
 def _rewrite(
     graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, thresholds: fx.Node, max_streams: int,
-    emitted: dict[Operand, fx.Node],
+    criterion: str, emitted: dict[Operand, fx.Node], ranges: RangeNodes | None, probe: bool,
 ) -> StateInput:  # fmt: skip
     site, tile, place = rewrite.site, rewrite.kernel.tile, rewrite.place
     q, k, out = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.node)
@@ -69,10 +76,23 @@ def _rewrite(
         threshold = graph.create_node(
             "call_function", operator.getitem, (thresholds, number), name=f"threshold_{number}"
         )
+        optional = emit(graph, _optional_arguments(rewrite, criterion), emitted, like=site.origin)
+        if ranges is not None:
+            optional |= ranges.arguments(graph, operands[1], tile, optional.get("key_bias"))
+        dropped = None
+        if probe:
+            bias = {"key_bias": optional["key_bias"]} if "key_bias" in optional else {}
+            arguments = (*operands[:2], state, now, rewrite.scale, tile.q, tile.k)
+            probed = graph.call_function(torch.ops.lite_compile.dropped_mass.default, arguments, bias)
+            probed.meta["example_value"] = (q.new_empty((2,), dtype=torch.float32), fake_value(now))
+            dropped, now = (graph.call_function(operator.getitem, (probed, index)) for index in (0, 1))
+            for index, node in enumerate((dropped, now)):
+                node.meta["example_value"] = probed.meta["example_value"][index]
+            copy_origin(site.origin, probed)
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
-            emit(graph, _optional_arguments(rewrite), emitted, like=site.origin),
+            optional,
         )
         result = graph.call_function(operator.getitem, (attend, 0))
         copy_origin(site.origin, threshold)
@@ -86,15 +106,16 @@ def _rewrite(
     site.node.replace_all_uses_with(restored)
     emitted[site.node] = restored
     _erase(graph, site)
-    return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape))
+    return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape), dropped)
 
 
-def _optional_arguments(rewrite: Rewrite) -> dict[str, Any]:
+def _optional_arguments(rewrite: Rewrite, criterion: str) -> dict[str, Any]:
     """Those of the op's arguments that are not what the op takes without being told."""
     given = {
         "key_bias": rewrite.key_bias,
         "protected": [*chain(*rewrite.protection.ranges)] or None,
         "kernel_name": None if rewrite.device.type == "cpu" else rewrite.kernel.name,
+        "criterion": None if criterion == "max" else criterion,
     }
     return {name: value for name, value in given.items() if value is not None}
 

@@ -159,7 +159,8 @@ def test_what_is_written_and_what_is_read() -> None:
     record(9, HISTORY_STEPS, 1)  # beyond what is remembered
     assert int((history != 0).any(-1).sum()) == 2
     assert read_history(history[1], 9, 4, 168) == (0.5, None, 0.5, None)
-    assert read_history(history[1], 8, 4, 168) == (None,) * 4  # another generation
+    assert read_history(history[1], 10, 4, 168) == (None,) * 4  # an earlier generation
+    assert read_history(history[1], 8, 4, 168) == (0.5, None, 0.5, None)  # marks were refreshed before
     assert read_history(history[0], 9, 2, 168) == (None,) * 2  # another stream
     assert len(read_history(history[1], 9, HISTORY_STEPS + 5, 168)) == HISTORY_STEPS
 

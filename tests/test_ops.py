@@ -13,11 +13,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from lite_compile.ops import attend_reference, touched_tiles
+from lite_compile.ops import CRITERIA, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, pack_bits, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(64, 32)
 MINUS_ONE = torch.tensor(-1.0)
+KINDS = torch.tensor([0, 1, 2, 0], dtype=torch.int8)
 
 
 def arguments(dtype: torch.dtype = torch.float32, k_len: int = 100) -> tuple[Tensor, ...]:
@@ -44,12 +45,13 @@ def test_opcheck(dtype: torch.dtype, heads_last: bool, return_lse: bool) -> None
 
 @pytest.mark.parametrize("bias_batch", [1, 2])
 @pytest.mark.parametrize("protected", [(), (0, 8, 60, 100)], ids=str)
-def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_opcheck_of_the_optional_arguments(bias_batch: int, protected: tuple[int, ...], criterion: str) -> None:
     q, k, v, state, now = arguments()
     torch.library.opcheck(
         torch.ops.lite_compile.attend.default,
         (q, k[:, :1], v[:, :1], state, now, 0.25, MINUS_ONE, TILE.q, TILE.k),
-        {"key_bias": torch.randn(bias_batch, 100), "protected": protected},
+        {"key_bias": torch.randn(bias_batch, 100), "protected": protected, "criterion": criterion, "key_tiles": KINDS},
         test_utils=("test_schema", "test_faketensor", "test_autograd_registration", "test_aot_dispatch_dynamic"),
     )
 
@@ -172,6 +174,11 @@ def test_wrong_ranges_raise(protected: tuple[int, ...]) -> None:
             torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, protected=protected)
 
 
+def test_an_unknown_criterion_is_named() -> None:
+    with pytest.raises(ValueError, match="criterion is 'mas'; allowed: 'max', 'mass'"):
+        torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, criterion="mas")
+
+
 @pytest.mark.parametrize("bias", [torch.zeros(2, 100).double(), torch.zeros(2, 1, 1, 100)], ids=["dtype", "rank"])
 def test_wrong_kinds_of_bias_raise(bias: Tensor) -> None:
     for context in (nullcontext(), FakeTensorMode(allow_non_fake_inputs=True)):
@@ -183,6 +190,12 @@ def test_wrong_kinds_of_bias_raise(bias: Tensor) -> None:
 def test_wrong_shapes_of_bias_raise(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match=r"key_bias is .*allowed"):
         torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_bias=torch.zeros(shape))
+
+
+def test_wrong_kinds_of_tiles_raise() -> None:
+    for wrong in (KINDS.int(), KINDS[None], KINDS[:3], KINDS.repeat(2)[::2]):
+        with pytest.raises(ValueError, match=r"key_tiles is .*allowed"):
+            torch.ops.lite_compile.attend(*arguments(), 0.25, MINUS_ONE, *TILE, key_tiles=wrong)
 
 
 def test_wrong_kinds_raise_while_tracing() -> None:

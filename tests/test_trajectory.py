@@ -179,12 +179,12 @@ def test_dense_steps_keep_the_slots_and_their_epochs() -> None:
     dense = clock.run(10, 0)
     table = slot_table(clock.state, STREAMS)
     assert dense == [*[True] * 2, *[False] * 5, *[True] * 3]
-    assert table[:, :2].tolist() == [[1, 1], [9, 9], [1, 2], [1, 1]]
+    assert table[:, :2].tolist() == [[1, 1], [9, 9], [1, 2], [1, 1], [1, 2]]
     assert int(clock.state[DENSE_CALLS]) == 10
     clock.dense_steps = (0, 0)
     times = shifted(10, 1.0)
     assert int(clock.call(0.9 * trajectory(0, times)[-1], 50.0)[NOW_SLOT]) == 0
-    assert slot_table(clock.state, STREAMS)[:, 0].tolist() == [1, 10, 1, 0]
+    assert slot_table(clock.state, STREAMS)[:, 0].tolist() == [1, 10, 1, 0, 1]
 
 
 def test_shares_take_an_unknown_place_for_a_dense_one() -> None:

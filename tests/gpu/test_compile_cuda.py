@@ -47,8 +47,12 @@ def test_a_kernel_that_cannot_be_used_is_an_error() -> None:
         denoise(run, noise(0), [prompt(0)], 2)
 
 
+CONTROL: dict[str, Any] = {"refresh_every": 3, "must_compute": [(0, 50)], "must_skip": [(-300, None)], "probe": True}
+
+
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
+@pytest.mark.parametrize("more", [{}, CONTROL], ids=["", "control"])
+def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str, more: dict[str, Any]) -> None:
     """One CUDA-graph launch per call, and the same numbers and masks as without CUDA graphs.
 
     Inductor tries several configurations of a reduction and takes the fastest, so that two compilations may round
@@ -59,7 +63,7 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
         torch._dynamo.reset()
         counters.clear()
         model = tiny_wan()
-        given = options(mode=mode, kernel=kernel, inductor={"deterministic": True})
+        given = options(mode=mode, kernel=kernel, inductor={"deterministic": True}, **more)
         run = torch.compile(model, backend="liteattention", options=given)
 
         def call(**kwargs: Any) -> Any:
@@ -85,8 +89,8 @@ def test_cuda_graphs_are_captured_and_the_state_persists(kernel: str) -> None:
 
 @pytest.mark.parametrize(
     "given",
-    [{}, {"history": True}, {"threshold": lite_compile.Schedule.linear(-12, -3), "dense_steps": (1, 1)}],
-    ids=["", "history", "schedule"],
+    [{}, {"history": True}, {"threshold": lite_compile.Schedule.linear(-12, -3), "dense_steps": (1, 1)}, CONTROL],
+    ids=["", "history", "schedule", "control"],
 )
 def test_no_host_synchronisation_in_a_step(given: dict[str, Any]) -> None:
     model = tiny_wan()
@@ -121,6 +125,38 @@ def test_memory_of_the_state_is_what_the_report_says() -> None:
     states = layer_states(model)
     assert {s.state_bytes for s in lite_compile.stats(model).streams} == {states[0].state.nbytes}
     assert states[0].state.device.type == "cuda"
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_refreshes_and_ranges_hold_in_cuda_graphs_and_may_be_changed(kernel: str) -> None:
+    """What nothing attends to has no influence, and every third step is computed in full but for that."""
+    model = tiny_wan()
+    given = options(mode="reduce-overhead", kernel=kernel, history=True, threshold=-1.0, **CONTROL)
+    run = torch.compile(model, backend="liteattention", options=given)
+
+    def call(**kwargs: Any) -> Any:
+        torch.compiler.cudagraph_mark_step_begin()
+        return tuple(x.clone() for x in run(**kwargs))
+
+    graphs = None
+    for ranges in (CONTROL["must_skip"], [(-128, None)], []):
+        lite_compile.set_ranges(model, must_skip=ranges)
+        denoise(call, noise(0), [prompt(0)], 7)
+        (stream,) = (s for s in lite_compile.stats(model).streams if s.layer == "blocks.0.attn1")
+        full = stream.history[0]
+        assert full is not None
+        assert (full == 1) == (ranges == [])
+        assert [density == full for density in stream.history] == [step % 3 == 0 for step in range(7)]
+        graphs = graphs or counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs
+        exact = torch.compile(
+            tiny_wan(),
+            backend="liteattention",
+            options=options(must_skip=ranges, threshold=-float("inf"), kernel=kernel),
+        )
+        expected = denoise(exact, noise(0), [prompt(0)], 1)
+        assert (denoise(call, noise(0), [prompt(0)], 1) - expected).norm() < TOLERANCE * expected.norm()
+        graphs = counters["stats"]["unique_graphs"]
 
 
 def test_history_under_cuda_graphs() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_compile.kernels.attend_cpu import CPU_TILE, attend_cpu
-from lite_compile.ops import LOG2_E, attend_reference, touched_tiles
+from lite_compile.ops import COMPUTED_TILE, FREE_TILE, HIDDEN_TILE, LOG2_E, attend_reference, touched_tiles
 from lite_compile.skip_state import (
     COMPUTED_WORD,
     EPOCH_WORD,
@@ -87,11 +87,12 @@ def threshold_between(scores: int, scale: float) -> float:
 def call(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, now: Tensor, scale: float, threshold: float, tile: TileShape,
     poison: Callable[[Tensor], Tensor] = heads_last, key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    criterion: str = "max", kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     out = poison(torch.full((*q.shape[:3], v.shape[-1]), math.nan, dtype=q.dtype))
     lse = torch.full(q.shape[:3], math.nan)
     limit = torch.tensor(threshold)
-    attend_cpu(q, k, v, state, now, scale, limit, tile, out, lse, key_bias, protected)
+    attend_cpu(q, k, v, state, now, scale, limit, tile, out, lse, key_bias, protected, criterion, kinds)
     return out, lse
 
 
@@ -117,14 +118,15 @@ def assert_close(out: Tensor, expected: Tensor, sdpa_lost: Tensor) -> None:
 
 def follow_reference(
     q: Tensor, k: Tensor, v: Tensor, scale: float, threshold: float, tile: TileShape, calls: int = 3,
-    key_bias: Tensor | None = None, protected: Sequence[int] = (),
+    key_bias: Tensor | None = None, protected: Sequence[int] = (), criterion: str = "max", kinds: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Run `calls` calls beside the float64 reference; returns the final state after checking every one of them."""
     state, now = fresh_state(q, k, tile), now_at()
     reference_state = state.clone()
     for _ in range(calls):
         skipped = skipped_bits(state, k.shape[2], tile)[0]
-        out, lse = call(q, k, v, state, now, scale, threshold, tile, key_bias=key_bias, protected=protected)
+        given = {"key_bias": key_bias, "protected": protected, "criterion": criterion, "kinds": kinds}
+        out, lse = call(q, k, v, state, now, scale, threshold, tile, **given)  # type: ignore[arg-type]
         expected, expected_lse = attend_reference(
             *(x.double() for x in (q, k, v)),
             reference_state,
@@ -134,6 +136,8 @@ def follow_reference(
             tile,
             key_bias,
             protected,
+            criterion,
+            kinds,
         )
         assert torch.equal(state, reference_state)
         assert_close(out, expected, sdpa_error(q, k, v, scale, expected, skipped, tile, key_bias))
@@ -392,6 +396,48 @@ def test_query_heads_share_key_heads(kv_heads: int, dtype: torch.dtype) -> None:
     assert skipped_bits(state, 150, SMALL).any()
 
 
+def kinds_of_tiles(numbers: Sequence[int], k_len: int, tile: TileShape) -> tuple[Tensor, Tensor]:
+    """int8 kinds of the key tiles, and the bias that hides the keys of those that are hidden."""
+    kinds = torch.tensor(numbers, dtype=torch.int8)
+    hidden = (kinds == HIDDEN_TILE).repeat_interleave(tile.k)[:k_len]
+    return kinds, torch.zeros(1, k_len).masked_fill(hidden, -math.inf)
+
+
+@pytest.mark.parametrize("protected", [(), (0, 20)], ids=str)
+def test_kinds_of_key_tiles(protected: tuple[int, ...]) -> None:
+    """1 is always computed, 2 never, also without a slot and where all else is protected."""
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    kinds, bias = kinds_of_tiles([2, 0, 1, 2, 0, 0, 1, 0, 2, 2], 150, SMALL)
+    threshold = threshold_between(10, 0.25)
+    state = follow_reference(q, k, v, 0.25, threshold, SMALL, key_bias=bias, protected=protected, kinds=kinds)
+    marked = skipped_bits(state, 150, SMALL)[..., kinds == COMPUTED_TILE]
+    assert not marked.any()
+    assert skipped_bits(state, 150, SMALL)[..., kinds == FREE_TILE].any()
+    assert int(state[..., COMPUTED_WORD].max()) <= 6
+    assert not protected or (state[0, :, :, 0, COMPUTED_WORD] == 6).all()
+    shown = bias[0] == 0
+    for slot in (-1, 0):
+        out, lse = call(
+            q, k, v, fresh_state(q, k, SMALL), now_at(slot=slot), 0.25, -8.0, SMALL, key_bias=bias, kinds=kinds
+        )
+        scores = q.double() @ k[:, :, shown].double().mT * 0.25
+        torch.testing.assert_close(out.double(), scores.softmax(-1) @ v[:, :, shown].double(), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(lse.double(), scores.logsumexp(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_computed_tiles_are_computed_though_the_state_marks_everything() -> None:
+    q, k, v = clustered(1, 2, 150, 150, 16)
+    state = fresh_state(q, k, SMALL)
+    state[..., EPOCH_WORD] = 1
+    state[..., row_layout(10).mask_start :] = -1
+    kinds, _ = kinds_of_tiles([0, 0, 1, 0, 0, 0, 0, 0, 0, 1], 150, SMALL)
+    out, _ = call(q, k, v, state, now_at(), 0.25, -8.0, SMALL, kinds=kinds)
+    keys = [*range(32, 48), *range(144, 150)]
+    expected = (q @ k[:, :, keys].mT * 0.25).softmax(-1) @ v[:, :, keys]
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    assert (state[..., COMPUTED_WORD] == 2).all()
+
+
 @pytest.mark.parametrize("protected", [(0, 20), (130, 150), (5, 6, 40, 70), (0, 1, 32, 33, 70, 70, 140, 9999)], ids=str)
 def test_protected_tiles_are_never_marked(protected: tuple[int, ...]) -> None:
     q, k, v = clustered(1, 2, 150, 150, 16)
@@ -524,10 +570,12 @@ def test_finds_what_an_oracle_finds(layout: str) -> None:
     tile=st.sampled_from([TileShape(16, 16), SMALL, TileShape(64, 64), TileShape(128, 64)]),
     strided=st.tuples(st.booleans(), st.booleans()), scale=st.sampled_from([-0.5, -0.125, 0.0, 0.125, 0.25, 1.0]),
     bias=st.sampled_from([None, *BIASES]), protected=st.lists(st.integers(0, 160), max_size=8), seed=st.integers(0, 9),
+    numbers=st.none() | st.lists(st.integers(0, 2), min_size=40, max_size=40),
 )  # fmt: skip
 def test_any_shape_dtype_stride_and_scale(
     batch: int, kv_heads: int, heads_per_kv: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
     strided: tuple[bool, bool], scale: float, bias: str | None, protected: list[int], seed: int,
+    numbers: list[int] | None,
 ) -> None:  # fmt: skip
     q, k, v = (x.to(dtype) for x in clustered(batch, kv_heads * heads_per_kv, q_len, k_len, dim, seed))
     k, v = k[:, :kv_heads], v[:, :kv_heads]
@@ -537,5 +585,10 @@ def test_any_shape_dtype_stride_and_scale(
         v = v.mT.contiguous().mT
     key_bias = None if bias is None else padding_bias(bias, batch, k_len)
     ranges = sorted(protected[: len(protected) // 2 * 2])
+    kinds = None
+    if numbers is not None:
+        tiles = tile_count(k_len, tile.k)
+        kinds, hiding = kinds_of_tiles([0, *(numbers * tiles)[1:tiles]], k_len, tile)
+        key_bias = hiding if key_bias is None else key_bias + hiding
     threshold = threshold_between(dim // 2, scale)
-    follow_reference(q, k, v, scale, threshold, tile, calls=2, key_bias=key_bias, protected=ranges)
+    follow_reference(q, k, v, scale, threshold, tile, calls=2, key_bias=key_bias, protected=ranges, kinds=kinds)

@@ -30,7 +30,8 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         return f"tensordesc<{ELEMENTS[kind]}[{','.join(map(str, shape))}],{layout!r}>"
 
     kernel = attend_hopper._attend_kernel
-    fixed: dict[str, Any] = {"EVEN_K": False, "HAS_LSE": False, "HAS_BIAS": False, **constants}
+    fixed: dict[str, Any] = dict.fromkeys(("EVEN_K", "HAS_LSE", "HAS_BIAS", "BY_MASS"), False)
+    fixed |= {"QUEUED": True, **constants}
     fixed["QK_BITS"] = 8 * qk.itemsize
     optional = {
         "lse": fixed["HAS_LSE"],
@@ -42,7 +43,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     fixed |= {name: None for name, given in optional.items() if not given}
     types = {"q_desc": block(qk, 64), "k_desc": block(qk, 128), "v_desc": block(dtype, 128), "o_desc": block(dtype, 64)}
     types |= dict.fromkeys((*optional, "threshold"), "*fp32") | {"qk_scale": "fp32"}
-    types |= {"biased": "*i8", "order": "*i16", "notes": "*i8", "queue": "*i64"}
+    types |= {"biased": "*i8", "order": "*i16", "notes": "*i8", "queue": "*i64" if fixed["QUEUED"] else "*i32"}
     types |= dict.fromkeys(fixed, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     aligned = [i for i, (name, kind) in enumerate(signature.items()) if kind.startswith("*") and name != "threshold"]
@@ -58,6 +59,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         (BF16, 64, None, {"EVEN_K": True}, 0),
         (BF16, 128, None, {"EVEN_K": True}, 128),
         (BF16, 128, None, {}, 192),
+        (BF16, 128, None, {"EVEN_K": True, "QUEUED": False}, 128),
         (BF16, 128, None, {"HAS_LSE": True}, None),
         (FP16, 96, None, {}, 192),
         (BF16, 64, None, {"HAS_BIAS": True}, None),
@@ -67,17 +69,19 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     ],
     ids=str,
 )
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
 def test_compiles_for_hopper(
-    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None
-) -> None:
+    dtype: torch.dtype, head_dim: int, qk: torch.dtype | None, constants: dict[str, bool], spilled: int | None,
+    by_mass: bool,
+) -> None:  # fmt: skip
     """`spilled`: most bytes that may be; None: any number.
 
     At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills nothing without a bias, 3.9 some bytes.
     """
-    build = compile_offline(dtype, head_dim, qk, **constants)
+    build = compile_offline(dtype, head_dim, qk, BY_MASS=by_mass, **constants)
     print(
-        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants}: {build.registers} registers, "
-        f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
+        f"triton {triton.__version__} {dtype} D={head_dim} qk={qk} {constants} mass={by_mass}: "
+        f"{build.registers} registers, {build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared"
     )
     assert build.shared_bytes <= SHARED_KB * 1024
     assert "wgmma.mma_async" in build.ptx
@@ -103,18 +107,32 @@ ROWS = torch.arange(2 * 70 * 3 * 64).view(2, 70, 3, 64).to(BF16)
     ],
 )  # fmt: skip
 def test_descriptors_are_of_what_tma_can_address(x: torch.Tensor, in_place: bool) -> None:
-    described = tma_blocks.tma_descriptor(x, 64)
-    assert (described.base is x) is in_place
-    assert tma_blocks.is_addressable(described.base)
+    addressed = tma_blocks.addressable(x)
+    assert (addressed is x) is in_place
+    assert tma_blocks.is_addressable(addressed)
+    assert torch.equal(addressed, x)
+    described = tma_blocks.tma_descriptor(addressed, 64)
+    assert described.base.data_ptr() == addressed.data_ptr()
     assert all(stride * x.itemsize % 16 == 0 for stride in described.strides[:-1])
-    assert torch.equal(described.base, x)
+
+
+def test_descriptors_are_made_once_per_address() -> None:
+    x, other = torch.zeros(2, 1, 3, 70, 64, dtype=BF16)
+    first = tma_blocks.tma_descriptor(x, 64)
+    assert tma_blocks.tma_descriptor(x.clone().set_(x), 64) is first
+    for unlike in (tma_blocks.tma_descriptor(other, 64), tma_blocks.tma_descriptor(x, 128)):
+        assert unlike is not first
+    assert tma_blocks.tma_descriptor(x[:, :, :69], 64).shape != first.shape
+    assert tma_blocks.tma_descriptor(x.view(torch.float16), 64).base.dtype == torch.float16
 
 
 @pytest.mark.parametrize("name", ["list_visits", "record_visits", "queue_programs", "flag_biased"])
 @pytest.mark.parametrize("arch", [80, 90, 100])
-def test_lists_compile(name: str, arch: int) -> None:
+@pytest.mark.parametrize("kinds", [False, True])
+def test_lists_compile(name: str, arch: int, kinds: bool) -> None:
     kernel = getattr(visit_lists, name)
-    constants = {size: rows for size, rows in (("TILE_Q", 192), ("TILE_K", 128)) if size in kernel.arg_names}
+    given = {"TILE_Q": 192, "TILE_K": 128, "HAS_KINDS": kinds} | ({} if kinds else {"key_tiles": None})
+    constants = {constant: value for constant, value in given.items() if constant in kernel.arg_names}
     types = {
         "state": "*i32",
         "now": "*i32",
@@ -124,6 +142,7 @@ def test_lists_compile(name: str, arch: int) -> None:
         "queue": "*i64",
         "key_bias": "*fp32",
         "flags": "*i8",
+        "key_tiles": "*i8",
     }
     types |= dict.fromkeys(constants, "constexpr")
     signature = {argument: types.get(argument, "i32") for argument in kernel.arg_names}

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lite_compile.kernels import attend_triton  # noqa: E402
+from lite_compile.kernels import attend_triton, dropped_mass_triton  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
@@ -32,19 +32,30 @@ class Build(NamedTuple):
 
 
 def compile_offline(
-    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False
-) -> Build:
+    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False,
+    has_kinds: bool = False, by_mass: bool = False,
+) -> Build:  # fmt: skip
     """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
     kernel = attend_triton._attend_kernel
     config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
         "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
+        "BY_MASS": by_mass, "HAS_KINDS": has_kinds,
     }  # fmt: skip
     if not has_bias:
         constants["key_bias"] = None
+    if not has_kinds:
+        constants["key_tiles"] = None
     types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
-    types |= {"key_bias": "*fp32", "lse": "*fp32", "state": "*i32", "now": "*i32", "scratch": "*i16"}
+    types |= {
+        "key_bias": "*fp32",
+        "lse": "*fp32",
+        "state": "*i32",
+        "now": "*i32",
+        "scratch": "*i16",
+        "key_tiles": "*i8",
+    }
     types |= {"qk_scale": "fp32", "threshold": "*fp32"} | dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in kernel.arg_names}
     pointers = [name for name, kind in signature.items() if kind.startswith("*") and name != "threshold"]
@@ -55,14 +66,14 @@ def compile_offline(
     return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"]), built.metadata.shared)
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int, int]:
     """Registers per thread and bytes of stack, where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Function _attend_kernel:\s*REG:(\d+) STACK:(\d+)", listing)
+    found = re.search(rf"Function {function}:\s*REG:(\d+) STACK:(\d+)", listing)
     assert found, listing
     return int(found[1]), int(found[2])
 
@@ -72,11 +83,15 @@ def resource_usage(cubin: bytes) -> tuple[int, int]:
     [(arch, BF16, head_dim) for arch in (80, 89, 90, 100) for head_dim in (64, 128)]
     + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
 )
-@pytest.mark.parametrize("has_bias", [False, True], ids=["", "bias"])
-def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
-    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias)
+@pytest.mark.parametrize(("has_bias", "has_kinds"), [(False, False), (True, False), (True, True)])
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
+def test_compiles_for(
+    arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, has_kinds: bool, by_mass: bool
+) -> None:
+    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias, has_kinds=has_kinds, by_mass=by_mass)
     print(
-        f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {build.registers} registers, "
+        f"sm_{arch} {dtype} D={head_dim} bias={has_bias} kinds={has_kinds} mass={by_mass}: "
+        f"{build.registers} registers, "
         f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
         f"{build.ptx.count('cp.async.cg')} cp.async"
     )
@@ -86,6 +101,29 @@ def test_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bo
     assert "cp.async.cg" in build.ptx
     if head_dim in (64, 128):
         assert build.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (BF16, 128), (FP16, 80), (FP16, 256), (FP32, 128)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_probe_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
+    kernel = dropped_mass_triton._dropped_mass_kernel
+    constants: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "TILE_Q": 128, "TILE_K": 64,
+        "HAS_BIAS": has_bias, "q_stride_d": 1, "k_stride_d": 1,
+    }  # fmt: skip
+    if not has_bias:
+        constants["key_bias"] = None
+    types = {"q": POINTERS[dtype], "k": POINTERS[dtype], "key_bias": "*fp32", "state": "*i32", "now": "*i32"}
+    types |= {"parts": "*fp32", "qk_scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(signature) if name in ("q", "k") or "_stride_" in name]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dropped_mass_triton.LAUNCH)
+    registers, spilled = resource_usage(built.asm["cubin"], "_dropped_mass_kernel")
+    print(f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {registers} registers, {spilled} bytes spilled")
+    assert built.metadata.shared <= SHARED_KB[arch] * 1024
+    assert spilled == 0 or dtype is FP32
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,23 @@ now = lite_compile_announce_read_announced(lite_clock, 3, (2, 0.1))""",
     )
 
 
+def test_refreshes_are_told_to_the_clock() -> None:
+    captured = capture(Denoiser(), *inputs())
+    lines = []
+    for announced in (False, True):
+        gm = copy_graph(captured)
+        clock = ClockSource.ANNOUNCED if announced else find_clock_inputs(gm, find_attention(gm))
+        assert not isinstance(clock, str)
+        insert_step_guard(gm, clock, 3, torch.device("cpu"), refresh_every=5)
+        lines.append(lines_with(gm, "refresh"))
+    assert_expected_inline(
+        "\n".join(lines),
+        """\
+now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [], 3, refresh_every = 5)
+now = lite_compile_announce_read_announced(lite_clock, 3, refresh_every = 5)""",
+    )
+
+
 def test_announced_clock_reads_no_inputs() -> None:
     gm = copy_graph(capture(Denoiser(), *inputs()))
     insert_step_guard(gm, ClockSource.ANNOUNCED, 4, torch.device("cpu"))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -30,6 +31,12 @@ attend_default = torch.ops.lite_compile.attend.default(q, k, v, lite_state_0, no
     assert len(lines_with(gm, "nn.scaled_dot_product_attention(").splitlines()) == 1  # the cross-attention is left
     assert [layer.layer for layer in state.layers] == ["attn"]
     gm.graph.lint()
+
+
+def test_criterion_of_a_rewritten_graph() -> None:
+    gm, _, _ = rewrite(Denoiser(), *inputs(), options=replace(OPTIONS, criterion="mass"))
+    (node,) = gm.graph.find_nodes(op="call_function", target=torch.ops.lite_compile.attend.default)
+    assert node.kwargs == {"criterion": "mass"}
 
 
 def test_every_attn1_of_wan_is_rewritten_and_every_attn2_declined() -> None:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lite_compile.kernels.attend_triton import attend_triton
-from lite_compile.ops import LOG2_E, attend_reference, touched_tiles
+from lite_compile.ops import COMPUTED_TILE, FREE_TILE, HIDDEN_TILE, LOG2_E, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(32, 16)
@@ -48,10 +48,10 @@ class Pair:
 
     def __init__(
         self, q: Tensor, k: Tensor, v: Tensor, streams: int = 1, tile: TileShape = TILE,
-        key_bias: Tensor | None = None, protected: Sequence[int] = (),
+        key_bias: Tensor | None = None, protected: Sequence[int] = (), kinds: Tensor | None = None,
     ) -> None:  # fmt: skip
         self.q, self.k, self.v, self.tile = q, k, v, tile
-        self.key_bias, self.protected = key_bias, protected
+        self.key_bias, self.protected, self.kinds = key_bias, protected, kinds
         shape = state_shape(streams, q.shape[0], q.shape[1], q.shape[2], k.shape[2], tile)
         self.state = torch.zeros(shape, dtype=torch.int32)
         self.expected_state = self.state.clone()
@@ -65,10 +65,12 @@ class Pair:
         threshold = torch.as_tensor(threshold, dtype=torch.float32)
         out = torch.full((q.shape[0], q.shape[2], q.shape[1], q.shape[3]), math.nan, dtype=q.dtype).transpose(1, 2)
         lse = torch.full(q.shape[:3], math.nan)
-        attend_triton(q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected)
+        attend_triton(
+            q, k, v, self.state, now, scale, threshold, self.tile, out, lse, bias, protected, key_tiles=self.kinds
+        )
         exact = [x.double() for x in (q, k, v)]
         expected, expected_lse = attend_reference(
-            *exact, self.expected_state, now, scale, threshold, self.tile, bias, protected
+            *exact, self.expected_state, now, scale, threshold, self.tile, bias, protected, key_tiles=self.kinds
         )
         low, dense = (
             torch.nn.functional.scaled_dot_product_attention(
@@ -329,6 +331,25 @@ def test_protected_tiles_are_computed_though_the_state_marks_everything() -> Non
     assert pair.state[0, 0, 0, :, 1].tolist() == [2, 10, 2, 2, 2]
 
 
+def kinds_of_tiles(numbers: Sequence[int], k_len: int, tile: TileShape) -> tuple[Tensor, Tensor]:
+    """int8 kinds of the key tiles, and the bias that hides the keys of those that are hidden."""
+    kinds = torch.tensor(numbers, dtype=torch.int8)
+    hidden = (kinds == HIDDEN_TILE).repeat_interleave(tile.k)[:k_len]
+    return kinds, torch.zeros(1, k_len).masked_fill(hidden, -math.inf)
+
+
+@pytest.mark.parametrize("protected", [(), (0, 20)], ids=str)
+@pytest.mark.parametrize("slot", [0, -1])
+def test_kinds_of_key_tiles_follow_the_reference(slot: int, protected: tuple[int, ...]) -> None:
+    kinds, bias = kinds_of_tiles([2, 0, 1, 2, 0, 0, 1, 0, 2, 2], 150, TILE)
+    pair = Pair(*make_qkv(1, 2, 150, 150, 32), key_bias=bias, protected=protected, kinds=kinds)
+    run(pair, [make_now(slot=slot)] * 3)
+    if slot == 0:
+        assert not pair.marks()[..., kinds == COMPUTED_TILE].any()
+        assert pair.marks()[..., kinds == FREE_TILE].any()
+        assert int(pair.state[..., 1].max()) == 6
+
+
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(
     batch=st.integers(1, 2), kv_heads=st.integers(1, 2), heads_per_kv=st.integers(1, 2), q_len=st.integers(1, 90),
@@ -338,11 +359,12 @@ def test_protected_tiles_are_computed_though_the_state_marks_everything() -> Non
     strided=st.tuples(st.booleans(), st.booleans(), st.booleans()),
     scale=st.sampled_from([-0.5, 0.0, 0.125, 0.25, 1.0]), below=st.sampled_from([math.inf, 12, 3, 0]),
     bias=st.sampled_from([None, "infinite", "lowest", "finite"]), protected=st.lists(st.integers(0, 99), max_size=8),
-    seed=st.integers(0, 9),
+    seed=st.integers(0, 9), numbers=st.none() | st.lists(st.integers(0, 2), min_size=6, max_size=6),
 )  # fmt: skip
 def test_any_shape_dtype_stride_and_scale(
     batch: int, kv_heads: int, heads_per_kv: int, q_len: int, k_len: int, dim: int, dtype: torch.dtype, tile: TileShape,
     strided: tuple[bool, bool, bool], scale: float, below: float, bias: str | None, protected: list[int], seed: int,
+    numbers: list[int] | None,
 ) -> None:  # fmt: skip
     """Small integers and scales that are powers of two: scores are exact, so states agree word for word.
 
@@ -357,7 +379,11 @@ def test_any_shape_dtype_stride_and_scale(
     threshold = -(below + 0.5) * abs(scale) * LOG2_E if scale else -below
     key_bias = None if bias is None else padding_bias(bias, batch, k_len)
     ranges = sorted(protected[: len(protected) // 2 * 2])
-    pair = Pair(*tensors, tile=tile, key_bias=key_bias, protected=ranges)
+    kinds = None
+    if numbers is not None:
+        kinds, hiding = kinds_of_tiles([0, *numbers[1 : tile_count(k_len, tile.k)]], k_len, tile)
+        key_bias = hiding if key_bias is None else key_bias + hiding
+    pair = Pair(*tensors, tile=tile, key_bias=key_bias, protected=ranges, kinds=kinds)
     run(pair, [make_now()] * 2, scale=scale, threshold=threshold)
 
 

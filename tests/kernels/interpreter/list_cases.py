@@ -14,7 +14,7 @@ from attend_cases import make_now, make_qkv
 from torch import Tensor
 
 from lite_compile.kernels.visit_lists import list_visits, range_arguments, record_visits
-from lite_compile.ops import LOG2_E, attend_reference
+from lite_compile.ops import COMPUTED_TILE, HIDDEN_TILE, LOG2_E, attend_reference
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 TILE = TileShape(24, 16)
@@ -39,7 +39,9 @@ def take_notes(q: Tensor, k: Tensor, order: Tensor, counts: Tensor, notes: Tenso
         notes[program, 1 + k_tiles + argmax_tile] = 1
 
 
-def attend(q: Tensor, k: Tensor, state: Tensor, now: Tensor, protected: tuple[int, ...] = ()) -> Tensor:
+def attend(
+    q: Tensor, k: Tensor, state: Tensor, now: Tensor, protected: tuple[int, ...] = (), kinds: Tensor | None = None
+) -> Tensor:
     """Both kernels with the loop in between; the lists, -1 after their ends."""
     q_tiles, k_tiles = tile_count(q.shape[2], TILE.q), tile_count(k.shape[2], TILE.k)
     layout, programs = row_layout(k_tiles), q.shape[0] * q.shape[1] * q_tiles
@@ -50,9 +52,10 @@ def attend(q: Tensor, k: Tensor, state: Tensor, now: Tensor, protected: tuple[in
         state.shape[0], q.shape[2], k.shape[2], q_tiles, k_tiles, layout.words, layout.anchor_words,
         layout.anchor_group, *range_arguments(protected),
     )  # fmt: skip
-    list_visits[(programs,)](state, now, order, counts, notes, *sizes, TILE_Q=TILE.q, TILE_K=TILE.k)
+    tiles = {"TILE_Q": TILE.q, "TILE_K": TILE.k, "HAS_KINDS": kinds is not None}
+    list_visits[(programs,)](state, now, kinds, order, counts, notes, *sizes, **tiles)
     take_notes(q, k, order, counts, notes)
-    record_visits[(programs,)](state, now, counts, notes, *sizes, TILE_Q=TILE.q, TILE_K=TILE.k)
+    record_visits[(programs,)](state, now, kinds, counts, notes, *sizes, **tiles)
     return order
 
 
@@ -72,6 +75,21 @@ def test_states_equal_the_reference(q_len: int, k_len: int, protected: tuple[int
         assert torch.equal(state, expected), f"step {step}"
     k_tiles = tile_count(k_len, TILE.k)
     assert k_len < 50 or protected or unpack_bits(state[1, ..., row_layout(k_tiles).mask_start :], k_tiles).any()
+
+
+def test_kinds_of_key_tiles_follow_the_reference() -> None:
+    q, k, v = (x.double() for x in make_qkv(1, 2, 96, 16 * 520 + 5, 16))
+    state, expected = new_states(q, k, streams=2)
+    kinds = torch.randint(0, 3, (521,), generator=torch.Generator().manual_seed(0), dtype=torch.int8)
+    for slot in (1, 1, 1, -1):
+        order = attend(q, k, state, make_now(slot=slot), (3, 20), kinds)
+        given = {"protected": (3, 20), "key_tiles": kinds}
+        attend_reference(q, k, v, expected, make_now(slot=slot), SCALE, torch.tensor(THRESHOLD), TILE, **given)
+        assert torch.equal(state, expected)
+        for row in order:
+            listed = row[row >= 0].long()
+            assert not (kinds[listed] == HIDDEN_TILE).any()
+            assert (kinds[listed] == COMPUTED_TILE).sum() == (kinds == COMPUTED_TILE).sum()
 
 
 def test_every_tile_is_listed_once_where_nothing_may_be_skipped() -> None:
