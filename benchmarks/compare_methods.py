@@ -16,7 +16,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,23 +42,20 @@ WEIGHTS = {"small": None, "long": Path(__file__).parent / "weights" / "moving-di
 
 def compare(
     comparison: Comparison, densities: Sequence[float], dense_shares: Sequence[float], calibration: Path | None
-) -> list[dict[str, Any]]:
-    """One row per method and density."""
+) -> Iterator[dict[str, Any]]:
+    """One row per method and density, as they are found."""
     classifier = load_classifier(device=comparison.pipe.device)
-    rows: list[dict[str, Any]] = []
     methods = lite_methods()
     progress = tqdm(desc="methods", unit="row")
 
-    def add(group: float, name: str, made: Videos, **details: Any) -> None:
-        found = judge(made.videos, dense.videos, comparison.prompts, classifier)
-        rows.append(
-            {"group": group, "method": name, "density": made.density, "seconds": made.seconds} | details | found
-        )
+    def row(group: float, name: str, made: Videos, **details: Any) -> dict[str, Any]:
         progress.update()
         progress.set_postfix_str(f"{name} {made.density:.3f}")
+        found = judge(made.videos, dense.videos, comparison.prompts, classifier)
+        return {"group": group, "method": name, "density": made.density, "seconds": made.seconds} | details | found
 
     dense = comparison.dense()
-    add(1.0, "dense", dense)
+    yield row(1.0, "dense", dense)
     measures: dict[str, Callable[[Any], Videos]] = {}
     curves: dict[str, DensityCurve[Videos]] = {}
     for method in methods:
@@ -66,7 +63,7 @@ def compare(
         if key not in measures:
             measures[key] = comparison.lite(method.options)
         curves[method.name] = curve(method, measures[key])
-    add(1.0, "nothing skipped", measures["{}"](-float("inf")))
+    yield row(1.0, "nothing skipped", measures["{}"](-float("inf")))
     targets: list[tuple[float, Videos | None]] = [(density, None) for density in densities]
     if calibration is not None:
         calibrated = measures["{}"](calibration)
@@ -77,23 +74,22 @@ def compare(
             parameter, made = curves[method.name].find(group)
             if number == 0 and calibrated_videos is None:
                 group = made.density
-            add(target, method.name, made, threshold=parameter)
+            yield row(target, method.name, made, threshold=parameter)
         if calibrated_videos is not None:
-            add(target, "max, calibrated", calibrated_videos)
+            yield row(target, "max, calibrated", calibrated_videos)
         for name in OTHERS:
             for dense_share in dense_shares:
                 if comparison.density_of_mask(group, dense_share) <= 0:
                     progress.write(f"{name}: its dense steps alone are more than a density of {group:.3f}")
                     continue
                 made, details = comparison.other(name, group, dense_share)
-                add(target, name, made, **details)
+                yield row(target, name, made, **details)
     progress.close()
-    return rows
 
 
 def curve(method: LiteMethod, measure: Callable[[Any], Videos]) -> DensityCurve[Videos]:
     """Density of a method against the number that its threshold follows."""
-    return DensityCurve(lambda x: measure(method.threshold(x)), lowest=-24.0, highest=0.0, first=method.first)
+    return DensityCurve(lambda x: measure(method.threshold(x)), lowest=-24.0, highest=-0.05, first=method.first)
 
 
 def chosen_prompts(count: int) -> list[str]:
@@ -152,19 +148,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     pipe = load_pipeline(WEIGHTS[args.setting], args.device, dtype)
     pipe.set_progress_bar_config(disable=True)
     prompts, started = chosen_prompts(args.prompts), time.perf_counter()
-    with torch.no_grad():
-        comparison = Comparison(
-            pipe, SETTINGS[args.setting], prompts, range(args.seeds), args.steps, args.guidance, args.batch
-        )
-        rows = compare(comparison, args.densities, args.dense_shares, args.calibration)
+    setting = SETTINGS[args.setting]
+    comparison = Comparison(pipe, setting, prompts, range(args.seeds), args.steps, args.guidance, args.batch)
+    rows: list[dict[str, Any]] = []
     result = {
-        "setting": args.setting, "tokens": SETTINGS[args.setting].tokens, "prompts": prompts, "seeds": args.seeds,
+        "setting": args.setting, "tokens": setting.tokens, "prompts": prompts, "seeds": args.seeds,
         "steps": args.steps, "guidance": args.guidance, "batch": args.batch, "device": device_name(args.device),
         "dtype": str(dtype).removeprefix("torch."), "kernel": comparison.kernel.name, "tile": comparison.kernel.tile,
-        "torch": torch.__version__, "commit": commit(), "minutes": (time.perf_counter() - started) / 60, "rows": rows,
+        "torch": torch.__version__, "commit": commit(), "rows": rows,
     }  # fmt: skip
-    if args.json is not None:
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    with torch.no_grad():
+        for row in compare(comparison, args.densities, args.dense_shares, args.calibration):
+            rows.append(row)
+            result["minutes"] = (time.perf_counter() - started) / 60
+            if args.json is not None:  # after each row: a run that is cut off leaves what it has
+                args.json.write_text(json.dumps(result, indent=1) + "\n")
     for row in rows:
         near = "equal" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f} dB, worst {row['psnr_worst']:.1f}"
         said = f"density {row['density']:.3f}  PSNR {near}  SSIM {row['ssim_mean']:.4f}"

@@ -54,7 +54,7 @@ def lite_methods() -> list[LiteMethod]:
     """Those that the installed lite_compile has; the first one sets the densities."""
     found = [
         LiteMethod("max, constant", {}, lambda x: x, -3.0),
-        LiteMethod("max, schedule", {}, lambda x: lite_compile.Schedule.linear(3 * x, x), -2.0),
+        LiteMethod("max, schedule", {}, lambda x: lite_compile.Schedule.linear(3 * x, x), -1.0),
     ]
     if "criterion" in {option.name for option in fields(lite_compile.Options)}:
         found.append(LiteMethod("mass, constant", {"criterion": "mass"}, lambda x: x, -4.0))
