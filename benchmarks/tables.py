@@ -118,16 +118,28 @@ def suites() -> str:
 def fidelity() -> str:
     """Every method at every density, against dense videos of the same seeds."""
     run = load("fidelity-long-h100.json")
-    header = ["density", "method", "dense steps first", "PSNR, dB: mean (worst)", "SSIM: mean (worst)", "flicker"]
+    header = [
+        "density",
+        "method",
+        "threshold",
+        "dense steps first",
+        "PSNR, dB: mean (worst)",
+        "SSIM: mean (worst)",
+        "flicker",
+    ]
     header += ["digits right", "directions right"]
     rows = []
     for row in run["rows"]:
         psnr = "equal" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f} ({row['psnr_worst']:.1f})"
-        dense = str(row.get("dense_steps", ""))
+        dense, threshold = str(row.get("dense_steps", "")), ""
+        if "threshold" in row:
+            begin = f"{3 * row['threshold']:.2f} to " if row["method"].endswith("schedule") else ""  # `lite_methods`
+            threshold = f"{begin}{row['threshold']:.2f}"
         ssim = f"{row['ssim_mean']:.4f} ({row['ssim_worst']:.4f})"
         digits = f"{row['digits_right']} of {row['digits_of']}"
         ways = f"{row['directions_right']} of {row['directions_of']}"
-        rows.append((f"{row['density']:.3f}", row["method"], dense, psnr, ssim, f"{row['flicker']:.2f}", digits, ways))
+        cells = (row["method"], threshold, dense, psnr, ssim, f"{row['flicker']:.2f}", digits, ways)
+        rows.append((f"{row['density']:.3f}", *cells))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
     about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/fidelity-long-h100.json`)."
     return table(header, rows) + f"\n{about}\n"

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -86,21 +89,39 @@ def test_all_tiles_are_dense_attention_and_fewer_are_counted(make: type) -> None
     assert abs(method.density() - 0.75) < 0.01
 
 
-def test_the_density_that_is_asked_for_is_found() -> None:
-    class Made:
-        def __init__(self, density: float) -> None:
-            self.density = density
+@dataclass(frozen=True)
+class Made:
+    density: float
 
+
+@pytest.mark.parametrize(
+    "density_at",
+    [
+        lambda x: 1 - ((x + 24) / 24) ** 3,
+        lambda x: 1 - 0.55 * math.exp(x / 3),  # as the criterion "max" on the trained model, about
+        lambda x: 1 - 0.55 * math.exp(2 * x),  # bends near 0
+    ],
+)
+def test_the_density_that_is_asked_for_is_found(density_at: Callable[[float], float]) -> None:
     measured: list[float] = []
 
     def measure(x: float) -> Made:
         measured.append(x)
-        return Made(1 - ((x + 24) / 24) ** 3)
+        return Made(density_at(x))
 
-    curve = DensityCurve(measure, lowest=-24.0, highest=0.0, first=-6.0)
-    for density in (0.8, 0.5):
+    curve = DensityCurve(measure, lowest=-24.0, highest=-0.05, first=-3.0)
+    for density in (0.8, 0.6):
         assert abs(curve.find(density)[1].density - density) <= 0.004
     assert len(measured) == len(set(measured)) <= 14
+
+
+def test_a_density_that_cannot_be_had_gives_the_nearest() -> None:
+    number, made = DensityCurve(lambda x: Made(0.8 - x / 1000), -24.0, -0.05, -4.0).find(0.9)
+    assert number == pytest.approx(-24, rel=0.05)
+    assert made.density == 0.8 - number / 1000
+    number, made = DensityCurve(lambda x: Made(1 - 0.3 * math.exp(x)), -24.0, -0.05, -4.0).find(0.7)
+    assert -0.1 < number < -0.05
+    assert made.density < 0.73
 
 
 def test_flicker_is_what_jumps_in_the_background() -> None:
@@ -109,4 +130,10 @@ def test_flicker_is_what_jumps_in_the_background() -> None:
     assert flicker(still) == pytest.approx(0, abs=1e-4)
     flickering = still.clone()
     flickering[:, 1::2, 6] += 0.02
-    assert flicker(flickering) > 0.1
+    background = 8 * 8 - 2 * 2
+    assert flicker(flickering) == pytest.approx(255 * 0.02 * 8 / background, rel=1e-4)
+    drifting = still + torch.arange(6).view(1, 6, 1, 1) * 0.01
+    assert flicker(drifting) == pytest.approx(0, abs=1e-4)
+    moving = still.clone()
+    moving[:, :, 2:4, 2:4] += 0.05 * torch.tensor([0, 1]).repeat(3).view(1, 6, 1, 1)  # a digit is no background
+    assert flicker(moving) == pytest.approx(0, abs=1e-4)
