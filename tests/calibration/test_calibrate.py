@@ -95,7 +95,8 @@ def test_the_budget_is_kept_when_the_model_follows_the_thresholds(metric: str) -
         # What was reported is what an independent computation finds.
         reported = next(e for f, e in found.errors[layer].items() if f == pytest.approx(step / STEPS, abs=1e-5))
         assert reported == pytest.approx(error, rel=0.02, abs=1e-5)  # float32 rounds by 3e-6
-    assert max(worst.values()) > 0.2 * target  # and the budget is used
+    # And the budget is used, as far as the few tiles allow; the cosine is quadratic in the difference.
+    assert max(worst.values()) > (0.2 if metric != "cosine" else 0.2**2) * target
 
 
 def test_a_larger_budget_skips_more() -> None:
@@ -349,6 +350,11 @@ def test_errors_are_those_of_the_worst_batch_entry() -> None:
     assert attention_error(sparse, dense, "cosine") == pytest.approx(0, abs=1e-6)
     sparse[0] = -dense[0]
     assert attention_error(sparse, dense, "cosine") == pytest.approx(2, rel=1e-5)
+    near = dense + 1e-4 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    pairs = list(zip(near.double().flatten(1), dense.double().flatten(1), strict=True))
+    exact = [1 - (x @ y / (x.norm() * y.norm())) for x, y in pairs]
+    assert attention_error(near, dense, "cosine") == pytest.approx(float(max(exact)), rel=1e-3)  # 5e-9
+    assert attention_error(torch.zeros_like(dense), dense, "cosine") == 1
     sparse[0, 0, 0, 0] = math.nan
     for metric in ("l1", "rmse", "cosine"):
         assert attention_error(sparse, dense, metric) == math.inf
