@@ -287,6 +287,6 @@ class StatefulGraph:
                 LayerSpec(layer, tuple(shape), tile, q_len, k_len)
                 for (layer, tile), (*shape, q_len, k_len) in zip(self._layers, resolved, strict=True)
             )
-            self._specs[values] = specs
             self._lengths[specs] = [(spec.layer, spec.k_len) for spec in specs]
+            self._specs[values] = specs  # last: a thread that calls the graph for another model may find it at once
         return specs
