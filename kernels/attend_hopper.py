@@ -376,18 +376,9 @@ def attend_hopper(
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
     bias_rows = None if key_bias is None else key_bias.shape[0]
     plan = _plan(
-        q.shape,
-        k.shape,
-        q.dtype,
-        q.get_device(),
-        state.shape[0],
-        bias_rows,
-        lse is not None,
-        tuple(protected),
-        qk_dtype,
-        criterion,
-        key_tiles is not None,
-    )
+        q.shape, k.shape, q.dtype, q.get_device(), state.shape[0], bias_rows, lse is not None, tuple(protected),
+        qk_dtype, criterion, key_tiles is not None,
+    )  # fmt: skip
     buffer = plan.scratch.allocate(q.device)
     order, counts, notes, queue, biased = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
     given: tuple[Any, ...] = (state, now, key_tiles, lse, threshold)

@@ -89,8 +89,7 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
         # float32 holds all that 16 bits do, and computes several times faster.
         flat = _tame(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat.to(torch.float64))
         index = torch.arange(flat.shape[0], device=device)
-        # A weight is a hash of the position's digits, in products that fit 32 bits, since Inductor has no more, and
-        # without divisions.
+        # A weight is a hash of the position's digits, in products that fit 32 bits, since Inductor has no more.
         mask = 2**_DIGIT_BITS - 1
         low, middle, high = index & mask, (index >> _DIGIT_BITS) & mask, index >> 2 * _DIGIT_BITS
         sums = [low * a + middle * b + high * c for a, b, c in _HASHES]

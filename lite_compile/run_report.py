@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -75,22 +76,22 @@ def render_text(record: RunRecord) -> str:
 
 
 def _history_rows(record: RunRecord) -> list[list[str]]:
-    """One line per step, one column per stream."""
-    streams = sorted({stream.stream for stream in record.stats.streams if stream.history})
-    rows = [["step", *(f"stream {stream}" for stream in streams)]]
-    means = [record.stats.mean_history(stream) for stream in streams]
-    for step, cells in enumerate(itertools.zip_longest(*means)):
-        rows.append([str(step + 1), *("" if density is None else f"{density:.3f}" for density in cells)])
-    return rows
+    means = {entry.stream: record.stats.mean_history(entry.stream) for entry in record.stats.streams if entry.history}
+    return _rows_by_step(means, lambda density: f"{density:.3f}")
 
 
 def _dropped_rows(record: RunRecord) -> list[list[str]]:
-    """One line per step, one column per stream."""
-    streams = sorted({stream.stream for stream in record.stats.streams if stream.dropped_mass})
+    stats = record.stats
+    masses = {entry.stream: stats.dropped_mass(entry.stream) for entry in stats.streams if entry.dropped_mass}
+    return _rows_by_step(masses, lambda mass: f"{mass[0]:.2e} ({mass[1]:.2e})")
+
+
+def _rows_by_step(columns: Mapping[int, Sequence[Any]], text: Callable[[Any], str]) -> list[list[str]]:
+    """A header and one line per step; `columns`: by stream, what each step is said to be, or None."""
+    streams = sorted(columns)
     rows = [["step", *(f"stream {stream}" for stream in streams)]]
-    masses = [record.stats.dropped_mass(stream) for stream in streams]
-    for step, cells in enumerate(itertools.zip_longest(*masses)):
-        rows.append([str(step + 1), *("" if cell is None else f"{cell[0]:.2e} ({cell[1]:.2e})" for cell in cells)])
+    for step, cells in enumerate(itertools.zip_longest(*(columns[stream] for stream in streams))):
+        rows.append([str(step + 1), *("" if cell is None else text(cell) for cell in cells)])
     return rows
 
 

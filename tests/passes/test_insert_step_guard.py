@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from expecttest import assert_expected_inline
 from graphs import Denoiser, capture, inputs
@@ -34,17 +36,22 @@ now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [l_p
     assert now.prev is placeholders(gm.graph)[-1]
 
 
-def test_dense_steps_are_told_to_the_clock() -> None:
+def guards(pattern: str, **options: Any) -> str:
+    """The lines that match in a graph with a clock of its own, and in one whose clock is announced."""
     captured = capture(Denoiser(), *inputs())
     lines = []
     for announced in (False, True):
         gm = copy_graph(captured)
         clock = ClockSource.ANNOUNCED if announced else find_clock_inputs(gm, find_attention(gm))
         assert not isinstance(clock, str)
-        insert_step_guard(gm, clock, 3, torch.device("cpu"), DenseSteps(2, 0.1))
-        lines.append(lines_with(gm, "(2, 0.1)"))
+        insert_step_guard(gm, clock, 3, torch.device("cpu"), **options)
+        lines.append(lines_with(gm, pattern))
+    return "\n".join(lines)
+
+
+def test_dense_steps_are_told_to_the_clock() -> None:
     assert_expected_inline(
-        "\n".join(lines),
+        guards("(2, 0.1)", dense_steps=DenseSteps(2, 0.1)),
         """\
 now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [], 3, (2, 0.1))
 now = lite_compile_announce_read_announced(lite_clock, 3, (2, 0.1))""",
@@ -52,16 +59,8 @@ now = lite_compile_announce_read_announced(lite_clock, 3, (2, 0.1))""",
 
 
 def test_refreshes_are_told_to_the_clock() -> None:
-    captured = capture(Denoiser(), *inputs())
-    lines = []
-    for announced in (False, True):
-        gm = copy_graph(captured)
-        clock = ClockSource.ANNOUNCED if announced else find_clock_inputs(gm, find_attention(gm))
-        assert not isinstance(clock, str)
-        insert_step_guard(gm, clock, 3, torch.device("cpu"), refresh_every=5)
-        lines.append(lines_with(gm, "refresh"))
     assert_expected_inline(
-        "\n".join(lines),
+        guards("refresh", refresh_every=5),
         """\
 now = lite_compile_clock_advance(lite_clock, l_hidden_states_, l_timestep_, [], 3, refresh_every = 5)
 now = lite_compile_announce_read_announced(lite_clock, 3, refresh_every = 5)""",
