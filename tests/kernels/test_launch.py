@@ -1,0 +1,150 @@
+"""What surrounds a kernel's launch: variants, scratch, and the short way to what Triton compiled."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.compiler.compiler import CompiledKernel  # noqa: E402
+
+from lite_compile.kernels import launch  # noqa: E402
+from lite_compile.kernels.launch import Launch, Launcher, address_of, kinds  # noqa: E402
+from lite_compile.kernels.scratch import ALIGNMENT, Scratch  # noqa: E402
+
+STREAM, HANDLE, METADATA = 77, 5, (4, 1, 0)
+GRID = (3, 2, 1)
+
+
+class Function:
+    """Stands for a `triton.jit` function whose kernels, Triton's own class, are launched by `run`."""
+
+    def __init__(self, run: Any) -> None:
+        self.run, self.calls = run, []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Any:
+        def compile_and_launch(*arguments: Any, **keywords: Any) -> Any:
+            self.calls.append((grid, arguments, keywords))
+            kernel = CompiledKernel.__new__(CompiledKernel)
+            kernel.module = kernel.src = None
+            kernel.function, kernel.packed_metadata, kernel.name, kernel._run = HANDLE, METADATA, "stub", self.run
+            kernel._init_handles = lambda: None
+            return kernel
+
+        return compile_and_launch
+
+
+@pytest.fixture
+def active(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver without a GPU."""
+    stub = SimpleNamespace(get_current_stream=lambda device: STREAM, get_current_device=lambda: 0)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=stub))
+    monkeypatch.setattr("triton.compiler.compiler.driver", SimpleNamespace(active=stub))
+
+
+def prepared(run: Any) -> tuple[Launch, Function]:
+    function = Function(run)
+    return Launcher(function).variant(0, "name", {"TILE": 64}, num_warps=2), function
+
+
+@pytest.mark.usefixtures("active")
+def test_a_compiled_kernel_is_launched_as_triton_does() -> None:
+    """But without hooks, of which nobody registered any."""
+    launched: list[Any] = []
+    variant, function = prepared(lambda *arguments: launched.append(arguments))
+    x = torch.zeros(4)
+    assert not variant.ready
+    variant(GRID, (x, 8))
+    assert function.calls == [(GRID, (x, 8), {"TILE": 64, "num_warps": 2})]
+    assert variant.ready
+
+    variant(GRID, (address_of(x), 8))
+    variant._compiled[GRID](x.data_ptr(), 8, 64)
+    ours, theirs = launched
+    assert ours[:6] == theirs[:6] == (*GRID, STREAM, HANDLE, METADATA)
+    assert ours[6:9] == (None, None, None)
+    assert ours[9:] == theirs[9:] == (x.data_ptr(), 8, 64)
+    assert len(function.calls) == 1
+
+
+@pytest.mark.usefixtures("active")
+def test_a_profiler_sees_launches() -> None:
+    launched: list[Any] = []
+    variant, _ = prepared(lambda *arguments: launched.append(arguments))
+    variant(GRID, (1,))
+    hooks = triton.knobs.runtime.launch_enter_hook
+    hooks.add(print)
+    try:
+        variant(GRID, (1,))
+    finally:
+        hooks.remove(print)
+    assert launched[0][7] is hooks
+    variant(GRID, (1,))
+    assert launched[1][7] is None
+
+
+@pytest.mark.usefixtures("active")
+def test_another_triton_is_left_to_launch_itself() -> None:
+    launched: list[Any] = []
+
+    def run(*arguments: Any) -> None:
+        if arguments[7] is None:
+            raise TypeError("takes no such arguments")
+        launched.append(arguments)
+
+    variant, _ = prepared(run)
+    variant(GRID, (1,))
+    variant(GRID, (1,))
+    variant(GRID, (1,))
+    assert [arguments[9:] for arguments in launched] == [(1, 64)] * 2
+
+
+def test_the_interpreter_gets_tensors() -> None:
+    """It compiles nothing."""
+
+    class Interpreted:
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            return lambda *_, **__: None
+
+    variant = Launcher(Interpreted()).variant(-1, "name", {})
+    variant(GRID, ())
+    variant(GRID, ())
+    assert not variant.ready
+
+
+def test_variants_differ_in_device_name_and_constants() -> None:
+    launcher = Launcher(None)
+    first = launcher.variant(0, "a", {"TILE": 64})
+    assert launcher.variant(0, "a", {"TILE": 64}) is first
+    others = ((1, "a", {"TILE": 64}), (0, "b", {"TILE": 64}), (0, "a", {"TILE": 32}))
+    assert all(launcher.variant(*other) is not first for other in others)
+
+
+def test_kinds_are_what_triton_specialises_on() -> None:
+    assert len({kinds([x]) for x in (1, 2, 16, 2**31, 2**31 + 1)}) == 5
+    assert kinds([2, 32]) == kinds([3, 48])
+
+
+def test_scratch_is_one_buffer_of_tensors_that_do_not_overlap() -> None:
+    shapes = (
+        ((3, 5), torch.int16),
+        ((7,), torch.int64),
+        ((0,), torch.int64),
+        ((2, 9), torch.int8),
+        ((4,), torch.int32),
+    )
+    scratch = Scratch.of(*shapes)
+    buffer = scratch.allocate(torch.device("cpu"))
+    tensors = scratch.tensors(buffer)
+    assert [(tuple(x.shape), x.dtype) for x in tensors] == list(shapes)
+    for number, x in enumerate(tensors):
+        x.fill_(number)
+    assert all(bool((x == number).all()) for number, x in enumerate(tensors))
+    assert [address - buffer.data_ptr() for address in scratch.addresses(buffer)] == [p.start for p in scratch.parts]
+    assert all(part.start % ALIGNMENT == 0 for part in scratch.parts)
+    in_use = [(x, address) for x, address in zip(tensors, scratch.addresses(buffer), strict=True) if x.numel()]
+    assert all(x.data_ptr() == address for x, address in in_use)
