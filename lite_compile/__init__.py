@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from .attention_capture import AttentionCall, capture_attention
 from .backend import liteattention
+from .calibration.calibrate import calibrate
+from .calibration.calibration_file import CalibratedThresholds, load_calibration
+from .calibration.result import Calibration
 from .control import generation, reset, set_ranges, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
 from .errors import OptionTypeError, OptionValueError, UnsupportedAttentionError
@@ -20,6 +23,8 @@ from .schedule import Schedule
 __all__ = [
     "AttentionCall",
     "AttentionSite",
+    "CalibratedThresholds",
+    "Calibration",
     "Declined",
     "OptionTypeError",
     "OptionValueError",
@@ -32,11 +37,13 @@ __all__ = [
     "Stats",
     "StreamStats",
     "UnsupportedAttentionError",
+    "calibrate",
     "capture_attention",
     "clear_report",
     "explain",
     "generation",
     "liteattention",
+    "load_calibration",
     "plan",
     "plot",
     "plot_attention",

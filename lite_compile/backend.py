@@ -9,8 +9,9 @@ from typing import Any, cast
 
 from torch import fx
 
-from . import ops  # noqa: F401  (registers lite_compile::attend)
+from . import dropped_mass, ops  # noqa: F401  (register lite_compile::dropped_mass, attend)
 from .announce import active_generation
+from .calibration.fingerprint import calling_modules
 from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .dense_layers import DenseLayers
@@ -29,7 +30,7 @@ from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
 from .passes.match_key_mask import mask_inputs
 from .passes.protect_positions import protect_positions
-from .passes.record_history import record_history
+from .passes.record_history import record_history, record_probes
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
 from .root_clock import describe_root, find_root
@@ -104,9 +105,15 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     now = insert_step_guard(graph, clock, settings.max_streams, device, settings.dense_steps, refresh_every)
     thresholds = insert_thresholds(graph, now, len(rewrites), device)
     ranges = insert_ranges(graph, settings.ranges, device)
-    layers = rewrite_attention(graph, rewrites, now, thresholds, settings.max_streams, settings.criterion, ranges)
+    layers = rewrite_attention(
+        graph, rewrites, now, thresholds, settings.max_streams, settings.criterion, ranges, settings.probe
+    )
     if settings.history:
         record_history(graph, layers, now, settings.max_streams)
+    if settings.probe:
+        record_probes(graph, layers, now, settings.max_streams)
+    modules = calling_modules(real_parameters(graph.graph))
+    settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
         threshold_table(settings.thresholds, tuple(layer.layer for layer in layers))
     graph.graph.lint()
@@ -115,7 +122,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     words = clock_length(clock, settings.max_streams)
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
-        settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, tuple(masks),
+        settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, settings.probe,
+        tuple(masks),
         # For CPUs compiling takes longer than it saves.
         compile_clock=settings.inner == "inductor" and device.type == "cuda",
     )  # fmt: skip

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Protocol, cast
 
-from .commands import bench, doctor, explain, report
+from .commands import bench, calibrate, doctor, explain, report
 from .environment import installed_version
 from .errors import CommandError
 
@@ -24,6 +24,7 @@ COMMANDS: dict[str, Command] = {
     "doctor": cast(Command, doctor),
     "explain": cast(Command, explain),
     "report": cast(Command, report),
+    "calibrate": cast(Command, calibrate),
     "bench": cast(Command, bench),
 }
 

@@ -53,9 +53,10 @@ def set_threshold(model: nn.Module, threshold: Any) -> None:
     """
     original = _original(model)
     thresholds = as_thresholds(check_threshold("threshold", threshold))
-    for binding in bindings(original):
-        if binding.is_part_of(original):
-            threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
+    parts = [binding for binding in bindings(original) if binding.is_part_of(original)]
+    thresholds.check_model([original], [layer for binding in parts for layer in binding.thresholds.layers])
+    for binding in parts:
+        threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
     override(original, thresholds)
 
 

@@ -51,7 +51,7 @@ def render_html(record: RunRecord) -> str:
     title = escape(record.title)
     body = (
         f'<h1>{title}</h1><p class="m">liteattention, {escape(record.created)}</p>{_cards(record)}{_density(record)}'
-        f"{_time(record)}{_sites(record)}{_settings(record)}{_environment(record)}"
+        f"{_dropped(record)}{_time(record)}{_sites(record)}{_settings(record)}{_environment(record)}"
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -109,6 +109,31 @@ def _density(record: RunRecord) -> str:
     return _section(
         "Density", content + f"<details><summary>As numbers</summary>{_table(header, numbers_of)}</details>"
     )
+
+
+def _dropped(record: RunRecord) -> str:
+    streams = [stream for stream in record.stats.streams if stream.dropped_mass]
+    if not streams:
+        return ""
+    highest = max((entry[0] for stream in streams for entry in stream.dropped_mass if entry is not None), default=0.0)
+    content = (
+        "<p>Share of the softmax that each layer skipped at each step, mean over sampled queries: nothing "
+        f'<span class="key"></span> {highest:.2e}. Hollow cells used no state, and dropped nothing.</p>'
+    )
+    for number in sorted({stream.stream for stream in streams}):
+        shown = [
+            (s.layer, [None if e is None else e[0] for e in s.dropped_mass]) for s in streams if s.stream == number
+        ]
+        chart = heat_map(shown, f"dropped softmax mass of stream {number}", highest or 1.0, ".2e")
+        content += f"<h3>Stream {number}</h3>{_scroll(chart)}"
+    steps = max(len(stream.dropped_mass) for stream in streams)
+    header = ["layer", "stream", *(str(step + 1) for step in range(steps))]
+    numbers = [
+        [escape(s.layer), str(s.stream), *("" if e is None else f"{e[0]:.1e} ({e[1]:.1e})" for e in s.dropped_mass)]
+        for s in streams
+    ]
+    summary = "<summary>As numbers, with the query that loses most</summary>"
+    return _section("Dropped mass", f"{content}<details>{summary}{_table(header, numbers)}</details>")
 
 
 def _time(record: RunRecord) -> str:

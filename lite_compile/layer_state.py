@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from .announce import active_generation
-from .density_history import history_shape
+from .density_history import history_shape, probe_shape
 from .key_ranges import NO_RANGES, KeyRanges
 from .mask_watch import MaskWatch
 from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
@@ -51,6 +51,8 @@ class LayerState:
     """The clock of the model that the layer belongs to."""
     history: Tensor | None = None
     """Where the option `history` asks for it: int64 `[streams, HISTORY_STEPS, 2]`, see `density_history`."""
+    probe: Tensor | None = None
+    """With the option `probe`: float64 `[streams, HISTORY_STEPS, 3]`."""
     latest: bool = True
     """Whether no other input shape was used since."""
 
@@ -119,10 +121,10 @@ class Binding:
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         return not self.expired and owned.issuperset(self._ids)
 
-    def states(self, specs: tuple[LayerSpec, ...], history: bool = False) -> list[LayerState]:
+    def states(self, specs: tuple[LayerSpec, ...], history: bool = False, probe: bool = False) -> list[LayerState]:
         """The states for one input shape, in the order of the graph's layers; empty ones on first use.
 
-        `history` is the same at each call: it is part of the graph.
+        `history` and `probe` are the same at each call: they are part of the graph.
         """
         if specs is self._latest[0]:
             return self._latest[1]
@@ -132,16 +134,17 @@ class Binding:
                 self._states.popitem(last=False)
             names = self.names or [spec.layer for spec in specs]
             named = [replace(spec, layer=name) for spec, name in zip(specs, names, strict=True)]
-            found = [self._empty_state(spec, history) for spec in named]
+            found = [self._empty_state(spec, history, probe) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
         self._latest = specs, found
         return found
 
-    def _empty_state(self, spec: LayerSpec, history: bool) -> LayerState:
+    def _empty_state(self, spec: LayerSpec, history: bool, probe: bool) -> LayerState:
         state = _zeros(spec.shape, self._device)
         record = _zeros(history_shape(spec.shape[0]), self._device, torch.int64) if history else None
-        return LayerState(spec, state, self.clock, record)
+        dropped = _zeros(probe_shape(spec.shape[0]), self._device, torch.float64) if probe else None
+        return LayerState(spec, state, self.clock, record, dropped)
 
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""

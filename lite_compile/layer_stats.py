@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .clock import CALLS, DENSE_CALLS, GENERATION, slot_table
 from .control import check_model
 from .decisions import format_table
-from .density_history import read_history
+from .density_history import read_dropped, read_history
 from .layer_state import LayerState, layer_states
 from .skip_state import COMPUTED_WORD, EPOCH_WORD, skipped_tiles, tile_count
 
@@ -36,6 +36,9 @@ class StreamStats:
     """Memory of the layer's state for this input shape, all streams together."""
     history: tuple[float | None, ...] = ()
     """With the option `history`: density of each step of this generation; None where no state was used."""
+    dropped_mass: tuple[tuple[float, float] | None, ...] = ()
+    """With the option `probe`: share of the softmax, 0 to 1, that the tiles hold which a step skipped, mean and maximum
+    over sampled queries, for each step of this generation; None where no state was used."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +60,15 @@ class Stats:
         known = [[density for density in step if density is not None] for step in steps]
         return tuple(sum(step) / len(step) if step else None for step in known)
 
+    def dropped_mass(self, stream: int) -> tuple[tuple[float, float] | None, ...]:
+        """With the option `probe`: what each step of a guidance stream dropped, mean and maximum over its layers."""
+        steps = itertools.zip_longest(*(entry.dropped_mass for entry in self.streams if entry.stream == stream))
+        known = [[entry for entry in step if entry is not None] for step in steps]
+        return tuple(
+            (sum(mean for mean, _ in step) / len(step), max(most for _, most in step)) if step else None
+            for step in known
+        )
+
     def __str__(self) -> str:
         if not self.streams:
             return "liteattention: no attention state yet"
@@ -70,7 +82,8 @@ class Stats:
 def stats(model: nn.Module | None = None) -> Stats:
     """Density of the last call, steps and generations seen, per layer and stream of `model` (None: of all models).
 
-    With the option `history`, the density of each step of the current generation as well. Reads the states from the
+    With the option `history`, the density of each step of the current generation as well; with `probe`, what each step
+    dropped. Reads the states from the
     device, so it waits for it: call it between steps, not inside a timed loop.
     """
     found = [stream for state in layer_states(check_model(model)) for stream in _streams(state)]
@@ -104,6 +117,9 @@ def _streams(state: LayerState) -> list[StreamStats]:
         history: tuple[float | None, ...] = ()
         if state.history is not None:
             history = read_history(state.history[slot].cpu(), slot_began[slot], steps, tiles)
+        dropped: tuple[tuple[float, float] | None, ...] = ()
+        if state.probe is not None:
+            dropped = read_dropped(state.probe[slot].cpu(), slot_began[slot], steps)
         counts = (steps, generations, calls, dense_calls, state.state.nbytes)
-        found.append(StreamStats(state.layer, slot, density, *counts, history))
+        found.append(StreamStats(state.layer, slot, density, *counts, history, dropped))
     return found

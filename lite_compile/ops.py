@@ -37,10 +37,14 @@ CRITERIA = ("max", "mass")
 """What the threshold is compared with; see `attend_reference`."""
 
 Index = TypeVar("Index", int, Tensor)
+Kernel = Callable[..., None]
+"""Takes q, k, v, state, now, scale, threshold, tile, out and lse, then what else a kernel of ours takes."""
 Watcher = Callable[[Tensor, Tensor, Tensor, Tensor, float, TileShape, Tensor | None], None]
 
 watchers: list[Watcher] = []
 """Called with q, k, state, now, scale, tile and key_bias before attention is computed; see `attention_capture`."""
+intercept: Callable[[Kernel], Kernel] | None = None
+"""Gives what computes attention in place of a kernel; see `calibration.intercept`. None: nobody asks for it."""
 
 MAX_CHECKED = 1024
 _checked: set[Hashable] = set()
@@ -178,8 +182,9 @@ def _attend_cpu(
     for watch in watchers:
         watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)
+    attend = attend_cpu if intercept is None else intercept(attend_cpu)
     logs = lse if return_lse else None
-    attend_cpu(q, k, v, state, now, scale, threshold, tile, out, logs, key_bias, protected, criterion, key_tiles)
+    attend(q, k, v, state, now, scale, threshold, tile, out, logs, key_bias, protected, criterion, key_tiles)
     return out, lse
 
 
@@ -192,7 +197,7 @@ def _attend_cuda(
     from .kernels.select_kernel import cuda_kernel
 
     tile = _check(q, k, v, state, now, threshold, tile_q, tile_k, key_bias, protected, criterion, key_tiles)
-    attend = cuda_kernel(kernel_name)
+    attend = cuda_kernel(kernel_name) if intercept is None else intercept(cuda_kernel(kernel_name))
     for watch in watchers:
         watch(q, k, state, now, scale, tile, key_bias)
     out, lse = allocate_outputs(q, v, heads_last, return_lse)

@@ -238,6 +238,12 @@ class Options:
         _boolean,
         "Whether the graph also writes down the density of each step, for `stats()`, `plot()` and `save_report()`.",
     )
+    probe: bool = _option(
+        False,
+        _boolean,
+        "Whether the graph also measures, on sampled queries, the softmax mass that each layer drops at each step, for "
+        "`stats()`, `plot()` and `save_report()`.",
+    )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
     )

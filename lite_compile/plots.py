@@ -1,4 +1,4 @@
-"""Pictures of what attention computes: density per layer and step, and one head's weights with what is skipped.
+"""Pictures of what attention computes: density and error per layer and step, one head's weights with what is skipped.
 
 matplotlib is imported when a picture is drawn. Figures belong to no window and to no state of `pyplot`'s.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 
@@ -36,11 +36,16 @@ def new_figure(width: float, height: float) -> Any:
     return Figure(figsize=(width, height), layout="constrained")
 
 
-def plot(model: nn.Module | Stats | None = None, *, path: Path | None = None) -> Any:
-    """Heat map of density: one row per layer, one column per step of the current generation, one panel per stream.
+def plot(
+    model: nn.Module | Stats | None = None, *, show: Literal["density", "dropped_mass"] = "density",
+    path: Path | None = None,
+) -> Any:  # fmt: skip
+    """Heat map: one row per layer, one column per step of the current generation, one panel per stream.
 
     Args:
-        model: the denoiser, compiled or not, with the option `history`; what `lite_compile.stats` returned; or None for
+        show: "density", the share of the tiles that a step computed (option `history`), or "dropped_mass", the share of
+            the softmax that it skipped, mean over the sampled queries (option `probe`).
+        model: the denoiser, compiled or not, with that option; what `lite_compile.stats` returned; or None for
             all models of the process.
         path: also save the picture there; the ending says the format.
 
@@ -48,26 +53,40 @@ def plot(model: nn.Module | Stats | None = None, *, path: Path | None = None) ->
         the `matplotlib.figure.Figure`.
 
     Raises:
-        ValueError: there is no history to draw.
+        ValueError: there is nothing of that kind to draw.
         ImportError: matplotlib is not installed.
     """
     found = model if isinstance(model, Stats) else stats(model)
-    recorded = [stream for stream in found.streams if stream.history]
+    if show not in ("density", "dropped_mass"):
+        raise ValueError(f"show is {show!r}; allowed: 'density', 'dropped_mass'")
+    option, name = ("history", "density history") if show == "density" else ("probe", "dropped mass")
+    recorded = [stream for stream in found.streams if (stream.history if show == "density" else stream.dropped_mass)]
     if not recorded:
         missing = "was recorded" if found.streams else "exists, since no compiled model has run yet"
-        raise ValueError(
-            f"no density history {missing}; compile with options={{'history': True}} and run one generation first"
-        )
+        raise ValueError(f"no {name} {missing}; compile with options={{{option!r}: True}} and run one generation first")
     streams = sorted({stream.stream for stream in recorded})
     panels = [[entry for entry in recorded if entry.stream == stream] for stream in streams]
     height = 1.5 + 0.22 * min(max(map(len, panels)), 60)
     figure = new_figure(1.2 + 4.2 * len(panels), height)
     grid = figure.subplots(1, len(panels), squeeze=False)[0]
+    highest = max((value for entry in recorded for value in _masses(entry) if not math.isnan(value)), default=0.0)
     for axes, entries, stream in zip(grid, panels, streams, strict=True):
-        image = _draw_densities(axes, entries)
-        axes.set_title(f"stream {stream}: mean of the last step {_last_mean(entries)}", fontsize=10, loc="left")
-    figure.colorbar(image, ax=list(grid), label="share of tiles computed", pad=0.02)
+        if show == "density":
+            image = _draw_densities(axes, entries)
+            title = f"mean of the last step {_last_mean(entries)}"
+        else:
+            image = _draw_steps(axes, entries, [_masses(entry) for entry in entries], "magma_r", highest or 1.0)
+            most = max((entry[1] for s in entries for entry in s.dropped_mass if entry is not None), default=0.0)
+            title = f"most of any sampled query {most:.1e}"
+        axes.set_title(f"stream {stream}: {title}", fontsize=10, loc="left")
+    label = "share of tiles computed" if show == "density" else "share of the softmax dropped"
+    figure.colorbar(image, ax=list(grid), label=label, pad=0.02)
     return _finish(figure, path)
+
+
+def _masses(entry: StreamStats) -> list[float]:
+    """Mean dropped mass per step, NaN where no state was used."""
+    return [math.nan if step is None else step[0] for step in entry.dropped_mass]
 
 
 def plot_attention(
@@ -131,12 +150,16 @@ def plot_attention(
 def _draw_densities(axes: Any, entries: Sequence[StreamStats]) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
-    colours = LinearSegmentedColormap.from_list("density", [SKIPPED, COMPUTED]).with_extremes(bad="#ffffff")
-    steps = max(len(entry.history) for entry in entries)
-    rows = [[math.nan if d is None else d for d in entry.history] for entry in entries]
+    colours = LinearSegmentedColormap.from_list("density", [SKIPPED, COMPUTED])
+    return _draw_steps(axes, entries, [[math.nan if d is None else d for d in s.history] for s in entries], colours, 1)
+
+
+def _draw_steps(axes: Any, entries: Sequence[StreamStats], rows: list[list[float]], colours: Any, most: float) -> Any:
+    """Values per layer and step from 0 to `most`; NaN is left white."""
+    steps = max(map(len, rows))
     padded = [row + [math.nan] * (steps - len(row)) for row in rows]
     image = axes.imshow(
-        padded, cmap=colours, vmin=0, vmax=1, aspect="auto", interpolation="nearest",
+        padded, cmap=colours, vmin=0, vmax=most, aspect="auto", interpolation="nearest",
         extent=(0.5, steps + 0.5, len(entries) - 0.5, -0.5),
     )  # fmt: skip
     every = math.ceil(len(entries) / MAX_LABELS)

@@ -152,7 +152,11 @@ def _stream(entry: Mapping[str, Any]) -> StreamStats:
     counts = {name: int(entry[name]) for name in _COUNTS}
     history = tuple(None if density is None else _finite(density) for density in entry["history"])
     density = _finite(entry["density"])
-    return StreamStats(**{**entry, **counts, "layer": str(entry["layer"]), "density": density, "history": history})
+    dropped = tuple(
+        None if step is None else (_finite(step[0]), _finite(step[1])) for step in entry.get("dropped_mass", ())
+    )
+    numbers = {"density": density, "history": history, "dropped_mass": dropped}
+    return StreamStats(**{**entry, **counts, "layer": str(entry["layer"]), **numbers})
 
 
 _COUNTS = ("stream", "steps", "generations", "calls", "dense_calls", "state_bytes")

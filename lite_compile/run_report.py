@@ -24,7 +24,7 @@ def save_report(
     """Write what is known of the current run: sites with decisions and reasons, density, settings, versions.
 
     The page shows the density of every step if the model was compiled with the option `history`, else that of the last
-    call. Reads the states from the device, so it waits for it.
+    call, and with the option `probe` what every step dropped. Reads the states from the device, so it waits for it.
 
     Args:
         path: `.html` for a page that needs no other file, `.txt` for plain text, `.json` for data that
@@ -66,6 +66,9 @@ def render_text(record: RunRecord) -> str:
     parts += ["", str(record.stats)]
     if any(stream.history for stream in record.stats.streams):
         parts += ["", "density per step, mean over the layers", *format_table(_history_rows(record))]
+    if any(stream.dropped_mass for stream in record.stats.streams):
+        title = "share of the softmax dropped per step, mean over the layers (most of any sampled query)"
+        parts += ["", title, *format_table(_dropped_rows(record))]
     if record.step_seconds:
         parts += ["", "seconds per step: " + " ".join(f"{seconds:.4g}" for seconds in record.step_seconds)]
     return "\n".join(parts) + "\n"
@@ -78,6 +81,16 @@ def _history_rows(record: RunRecord) -> list[list[str]]:
     means = [record.stats.mean_history(stream) for stream in streams]
     for step, cells in enumerate(itertools.zip_longest(*means)):
         rows.append([str(step + 1), *("" if density is None else f"{density:.3f}" for density in cells)])
+    return rows
+
+
+def _dropped_rows(record: RunRecord) -> list[list[str]]:
+    """One line per step, one column per stream."""
+    streams = sorted({stream.stream for stream in record.stats.streams if stream.dropped_mass})
+    rows = [["step", *(f"stream {stream}" for stream in streams)]]
+    masses = [record.stats.dropped_mass(stream) for stream in streams]
+    for step, cells in enumerate(itertools.zip_longest(*masses)):
+        rows.append([str(step + 1), *("" if cell is None else f"{cell[0]:.2e} ({cell[1]:.2e})" for cell in cells)])
     return rows
 
 

@@ -124,6 +124,8 @@ class StateInputs:
     """Ranges of keys; where there are any, their table follows that of the thresholds."""
     history: bool = False
     """Whether one density history per layer follows the states."""
+    probe: bool = False
+    """Whether one history of what was dropped per layer follows them."""
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
     compile_clock: bool = False
@@ -150,7 +152,7 @@ class StatefulGraph:
         self._layer_names = tuple(layer.layer for layer in state.layers)
         self._paths = [attribute_path(layer.weight) for layer in state.layers]
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
-        self._names, self._history = state.names, state.history
+        self._names, self._history, self._probe = state.names, state.history, state.probe
         self._thresholds = state.thresholds
         self._dense_steps = state.dense_steps
         self._clock_rules = ClockRules(
@@ -180,8 +182,9 @@ class StatefulGraph:
             clock = self._follow_root(binding, args) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
             specs = self._resolve(args)
-            states = binding.states(specs, self._history)
+            states = binding.states(specs, self._history, self._probe)
             histories = [state.history for state in states] if self._history else []
+            histories += [state.probe for state in states] if self._probe else []
             tables = [self._no_thresholds if table is None else table]
             if self._ranges.any:
                 tables.append(self._range_table(binding, specs))

@@ -9,14 +9,17 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from os import PathLike
 from typing import Any
+
+from torch import nn
 
 from .errors import OptionValueError, wrong_type, wrong_value
 
 NUMBER = "a number <= 0 in log2 units, for example -10.0; -inf skips only what a mask hides"
 ALLOWED = (
-    f"{NUMBER}; a list of two or more of them, spread over the trajectory; a lite_compile.Schedule; or a dict of these "
-    "by layer-name globs, with one under '*' for all other layers"
+    f"{NUMBER}; a list of two or more of them, spread over the trajectory; a lite_compile.Schedule; a dict of these "
+    "by layer-name globs, with one under '*' for all other layers; or a file of lite_compile.calibrate"
 )
 
 
@@ -26,6 +29,17 @@ class Thresholds(ABC):
     @abstractmethod
     def schedule(self, layer: str) -> Schedule:
         """The schedule of the layer of that name; raises `OptionValueError` if there is none for it."""
+
+    def check_layers(self, layers: Sequence[str]) -> None:
+        """Raise `OptionValueError` if some of these layers have no schedule."""
+        for layer in layers:
+            self.schedule(layer)
+
+    def check_model(self, modules: Sequence[nn.Module], layers: Sequence[str]) -> None:  # noqa: B027
+        """Raise `OptionValueError` if these are thresholds of another model than one of `modules` (or a part of one).
+
+        `layers`: names that the model is known to have. Most thresholds are of no model.
+        """
 
 
 @dataclass(frozen=True, repr=False)
@@ -151,6 +165,10 @@ def check_threshold(name: str, value: Any) -> float | Thresholds:
         return _by_layer(name, value)
     if isinstance(value, Thresholds):
         return value
+    if isinstance(value, PathLike) or (isinstance(value, str) and not _is_number(value)):
+        from .calibration.calibration_file import load_calibration
+
+        return load_calibration(value)
     if isinstance(value, list | tuple):
         numbers = [check_number(f"{name}[{i}]", number) for i, number in enumerate(value)]
         if len(numbers) < 2:
@@ -159,6 +177,15 @@ def check_threshold(name: str, value: Any) -> float | Thresholds:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise wrong_type(name, value, ALLOWED)
     return check_number(name, value)
+
+
+def _is_number(text: str) -> bool:
+    """Whether a text is a number that lost its type rather than the name of a file."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def as_thresholds(value: float | Thresholds) -> Thresholds:

@@ -19,8 +19,12 @@ STREAM_COLOURS = 4
 Row = tuple[str, Sequence[float | None]]
 
 
-def heat_map(rows: Sequence[Row], describe: str) -> str:
-    """Density per layer (down) and step (across): the fuller a cell, the more was computed; hollow: unknown."""
+def heat_map(rows: Sequence[Row], describe: str, most: float = 1.0, digits: str = ".3f") -> str:
+    """Values per layer (down) and step (across) from 0 to `most`: the fuller a cell, the more; hollow: unknown.
+
+    Args:
+        digits: format of a value.
+    """
     columns = max(len(values) for _, values in rows)
     left = round(CHARACTER * max(len(_short(label)) for label, _ in rows)) + 10
     width, height = left + CELL_WIDTH * columns + 12, CELL_HEIGHT * len(rows) + 34
@@ -29,8 +33,8 @@ def heat_map(rows: Sequence[Row], describe: str) -> str:
         y = number * CELL_HEIGHT
         parts.append(f'<text x="{left - 6}" y="{y + 11}" text-anchor="end">{escape(_short(label))}</text>')
         for step, value in enumerate(values):
-            shown = "no state used" if value is None else f"{value:.3f}"
-            kind, opacity = ("u", "") if value is None else ("c", f' fill-opacity="{value:.3f}"')
+            shown = "no state used" if value is None else f"{value:{digits}}"
+            kind, opacity = ("u", "") if value is None else ("c", f' fill-opacity="{value / most:.3f}"')
             parts.append(
                 f'<rect class="{kind}" x="{left + step * CELL_WIDTH}" y="{y}" width="{CELL_WIDTH - 1}" '
                 f'height="{CELL_HEIGHT - 1}"{opacity}><title>{escape(label)}, step {step + 1}: {shown}</title></rect>'

@@ -23,6 +23,7 @@ def threshold_table(thresholds: Thresholds, layers: tuple[str, ...]) -> Tensor:
     Raises:
         OptionValueError: there is no schedule for one of the layers.
     """
+    thresholds.check_layers(layers)
     rows: list[list[float]] = []
     for layer in layers:
         schedule = thresholds.schedule(layer)

@@ -15,7 +15,7 @@ from .. import ops
 from ..skip_state import TileShape, state_shape
 from .attention_site import AttentionSite
 from .decide_attention import Rewrite
-from .graph_inputs import append_input, fake_tensor
+from .graph_inputs import append_input, fake_tensor, fake_value
 from .insert_ranges import RangeNodes
 from .planned_nodes import Operand, copy_origin, emit, plan
 
@@ -34,11 +34,13 @@ class StateInput:
     k_len: Size
     shape: tuple[Size, ...]
     """int32 `[streams, B, H, q_tiles, row_words]`, possibly symbolic."""
+    dropped: fx.Node | None = None
+    """With `probe`: float32 `[2]`, mean and maximum of the softmax mass that sampled rows lose."""
 
 
 def rewrite_attention(
     gm: fx.GraphModule, rewrites: Sequence[Rewrite], now: fx.Node, thresholds: fx.Node, max_streams: int,
-    criterion: str = "max", ranges: RangeNodes | None = None,
+    criterion: str = "max", ranges: RangeNodes | None = None, probe: bool = False,
 ) -> list[StateInput]:  # fmt: skip
     """Replace each site by `lite_compile::attend`; the rest of the graph is untouched.
 
@@ -47,17 +49,18 @@ def rewrite_attention(
         thresholds: float32 `[len(rewrites)]`: one for each site, in log2 units.
         criterion: what they are compared with, one of `ops.CRITERIA`.
         ranges: makes what the op is told about ranges of keys; None: there are none.
+        probe: measure what each site drops as well.
     """
     emitted: dict[Operand, fx.Node] = {}
     return [
-        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, criterion, emitted, ranges)
+        _rewrite(gm.graph, number, rewrite, now, thresholds, max_streams, criterion, emitted, ranges, probe)
         for number, rewrite in enumerate(rewrites)
     ]
 
 
 def _rewrite(
     graph: fx.Graph, number: int, rewrite: Rewrite, now: fx.Node, thresholds: fx.Node, max_streams: int,
-    criterion: str, emitted: dict[Operand, fx.Node], ranges: RangeNodes | None,
+    criterion: str, emitted: dict[Operand, fx.Node], ranges: RangeNodes | None, probe: bool,
 ) -> StateInput:  # fmt: skip
     site, tile, place = rewrite.site, rewrite.kernel.tile, rewrite.place
     q, k, out = fake_tensor(site.q), fake_tensor(site.k), fake_tensor(site.node)
@@ -76,6 +79,16 @@ def _rewrite(
         optional = emit(graph, _optional_arguments(rewrite, criterion), emitted, like=site.origin)
         if ranges is not None:
             optional |= ranges.arguments(graph, operands[1], tile, optional.get("key_bias"))
+        dropped = None
+        if probe:
+            bias = {"key_bias": optional["key_bias"]} if "key_bias" in optional else {}
+            arguments = (*operands[:2], state, now, rewrite.scale, tile.q, tile.k)
+            probed = graph.call_function(torch.ops.lite_compile.dropped_mass.default, arguments, bias)
+            probed.meta["example_value"] = (q.new_empty((2,), dtype=torch.float32), fake_value(now))
+            dropped, now = (graph.call_function(operator.getitem, (probed, index)) for index in (0, 1))
+            for index, node in enumerate((dropped, now)):
+                node.meta["example_value"] = probed.meta["example_value"][index]
+            copy_origin(site.origin, probed)
         attend = graph.call_function(
             torch.ops.lite_compile.attend.default,
             (*operands, state, now, rewrite.scale, threshold, tile.q, tile.k, place.heads_last),
@@ -93,7 +106,7 @@ def _rewrite(
     site.node.replace_all_uses_with(restored)
     emitted[site.node] = restored
     _erase(graph, site)
-    return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape))
+    return StateInput(site.layer, rewrite.weight, state, tile, q_len, k_len, tuple(shape), dropped)
 
 
 def _optional_arguments(rewrite: Rewrite, criterion: str) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,23 @@ def test_heat_map_shows_each_layer_and_step_of_each_stream() -> None:
     assert first.get_title("left") == "stream 0: mean of the last step 0.50"
     assert second.get_title("left") == "stream 2: mean of the last step 0.12"
     assert colours.get_ylabel() == "share of tiles computed"
+
+
+def test_what_was_dropped_is_shown_in_the_same_manner() -> None:
+    pytest.importorskip("matplotlib")
+    one = replace(entry("a", 0), dropped_mass=((0.0, 0.0), (0.25, 0.5), None))
+    two = replace(entry("b", 0), dropped_mass=((0.0, 0.0), (0.125, 0.75)))
+    figure = lite_compile.plot(Stats((one, two)), show="dropped_mass")
+    axes, colours = figure.axes
+    shown = axes.images[0].get_array().filled(-1).tolist()
+    assert shown == [[0.0, 0.25, -1], [0.0, 0.125, -1]]
+    assert axes.images[0].get_clim() == (0, 0.25)
+    assert axes.get_title("left") == "stream 0: most of any sampled query 7.5e-01"
+    assert colours.get_ylabel() == "share of the softmax dropped"
+    with pytest.raises(ValueError, match=r"no dropped mass was recorded; compile with options=\{'probe': True\}"):
+        lite_compile.plot(Stats((entry("a", 0, 1.0),)), show="dropped_mass")
+    with pytest.raises(ValueError, match="show is 'error'; allowed: 'density', 'dropped_mass'"):
+        lite_compile.plot(Stats((one,)), show="error")  # type: ignore[arg-type]
 
 
 def test_pictures_of_a_run(tmp_path: Path) -> None:

@@ -100,6 +100,27 @@ def test_page_of_a_run(tmp_path: Path) -> None:
     assert torch.__version__ in text
 
 
+def test_what_was_dropped_is_in_the_page_the_text_and_the_data(tmp_path: Path) -> None:
+    model = tiny_wan()
+    denoise(compiled(model, probe=True, threshold=-1.0), noise(0), PROMPTS, 4)
+    html = lite_compile.save_report(tmp_path / "run.html", model).read_text(encoding="utf-8")
+    text = Page(html).text
+    streams = lite_compile.stats(model).streams
+    for stream in streams:
+        assert stream.dropped_mass[0] == (0.0, 0.0)
+        for step, dropped in enumerate(stream.dropped_mass):
+            assert dropped is not None
+            assert f"{stream.layer}, step {step + 1}: {dropped[0]:.2e}" in text
+            assert f"{dropped[0]:.1e} ({dropped[1]:.1e})" in text
+    assert max(most for s in streams for _, most in filter(None, s.dropped_mass)) > 0
+    again = read_record(lite_compile.save_report(tmp_path / "run.json", model))
+    assert again.stats.streams == streams
+    last = lite_compile.stats(model).dropped_mass(1)[3]
+    assert last is not None
+    lines = lite_compile.save_report(tmp_path / "run.txt", model).read_text()
+    assert re.search(rf"^  4 +\S+ \(\S+\) +{last[0]:.2e} \({last[1]:.2e}\)$", lines, re.MULTILINE)
+
+
 def test_text_and_data_say_the_same(tmp_path: Path) -> None:
     model = tiny_wan()
     denoise(compiled(model, history=True), noise(0), PROMPTS, 4)
@@ -174,6 +195,8 @@ WRONG_FILES: list[tuple[Any, str]] = [
     ({"streams": [{**STREAM, "stream": "<b>"}]}, "damaged.*<b>"),
     ({"streams": [{**STREAM, "history": ["x"]}]}, "damaged.*'x'"),
     ({"streams": [{**STREAM, "history": [math.nan]}]}, "damaged.*nan"),
+    ({"streams": [{**STREAM, "dropped_mass": [[math.nan, 0]]}]}, "damaged.*nan"),
+    ({"streams": [{**STREAM, "dropped_mass": [3]}]}, "damaged"),
     ({"streams": [{**STREAM, "steps": None}]}, "damaged"),
     ({"step_seconds": [math.inf]}, "damaged.*inf"),
 ]

@@ -69,7 +69,7 @@ def _value(text: str) -> Any:
     return text
 
 
-def load_factory(spec: str) -> Callable[[], Any]:
+def load_factory(spec: str, returns: str = "(model, kwargs)") -> Callable[[], Any]:
     """The callable that `MODULE:CALLABLE` names. What the module itself raises is not touched."""
     name, colon, attribute = spec.rpartition(":")
     if not colon or not name or not attribute:
@@ -82,7 +82,7 @@ def load_factory(spec: str) -> Callable[[], Any]:
             raise CommandError(f"{name!r} has no {attribute!r}.{nearest(part, known)}")
         found = getattr(found, part)
     if not callable(found):
-        raise CommandError(f"{spec!r} is {type(found).__name__}; allowed: a function that returns (model, kwargs)")
+        raise CommandError(f"{spec!r} is {type(found).__name__}; allowed: a function that returns {returns}")
     factory: Callable[[], Any] = found
     return factory
 

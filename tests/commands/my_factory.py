@@ -10,7 +10,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from models import noise, prompt, tiny_wan
+from models import compiled, denoise, noise, prompt, tiny_wan
 
 NOT_CALLABLE = 3
 
@@ -26,6 +26,17 @@ def make_model_only() -> torch.nn.Module:
 
 def make_wrong_pair() -> tuple[int, list[int]]:
     return 1, [2]
+
+
+def make_run() -> tuple[torch.nn.Module, Any, list[int]]:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+    return model, lambda number: denoise(call, noise(number), [prompt(number)], 4), [0, 1]
+
+
+def make_run_without_compiling() -> tuple[torch.nn.Module, Any]:
+    model = tiny_wan(layers=1)
+    return model, lambda: denoise(model, noise(0), [prompt(0)], 2)
 
 
 def raise_something() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,7 @@ def test_help_lists_the_commands(capsys: Capture) -> None:
             main(arguments)
         assert caught.value.code == status
     said = capsys.readouterr()
-    assert all(name in said.out for name in ("doctor", "explain", "report", "bench"))
+    assert all(name in said.out for name in ("doctor", "explain", "report", "calibrate", "bench"))
     assert "invalid choice: 'dance'" in said.err
 
 
@@ -276,3 +277,38 @@ def test_progress_yields_everything(capsys: Capture, monkeypatch: Patch) -> None
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     assert list(_counted("ab", "letters")) == ["a", "b"]
     assert "letters: 2 of 2" in capsys.readouterr().err
+
+
+# calibrate
+
+
+def test_calibrate_writes_a_file(capsys: Capture, tmp_path: Path) -> None:
+    out = tmp_path / "wan.toml"
+    assert main(["calibrate", f"{FACTORY}:make_run", "--target-error", "0.02", "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "l1 error up to 0.02" in said
+    assert "100.0% of the layers' steps within their budget" in said
+    assert lite_compile.load_calibration(out).layers[0][0] == "blocks.0.attn1"
+
+
+def test_calibrate_for_a_psnr_with_prompts_held_out(capsys: Capture, tmp_path: Path) -> None:
+    arguments = ["calibrate", f"{FACTORY}:make_run", "--target-psnr", "40", "--held-out", "1"]
+    assert main([*arguments, "--out", str(tmp_path / "wan.toml")]) == 0
+    assert "psnr (held out)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["make_run_without_compiling"], "no attention of WanTransformer3DModel ran through liteattention"),
+        (["make_wrong_pair"], r"returned \(int, list\); allowed: \(model, run\) or \(model, run, prompts\)"),
+        (["make_run", "--target-error", "7"], "target_error is 7.0; allowed: a number above 0, at most 1"),
+        (["make_run", "--held-out", "2", "--target-psnr", "9"], "--held-out is 2; allowed: fewer than the 2 prompts"),
+        (["make_runn"], "has no 'make_runn'. Did you mean 'make_run'"),
+        (["NOT_CALLABLE"], r"allowed: a function that returns \(model, run\)"),
+    ],
+)
+def test_calibrate_says_what_is_wrong(capsys: Capture, tmp_path: Path, arguments: list[str], message: str) -> None:
+    name, *rest = arguments
+    assert main(["calibrate", f"{FACTORY}:{name}", *rest, "--out", str(tmp_path / "x.toml")]) == 2
+    assert re.search(message, capsys.readouterr().err)

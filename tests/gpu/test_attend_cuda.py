@@ -13,6 +13,7 @@ from gpu_kernels import KERNELS
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from lite_compile.dropped_mass import dropped_mass
 from lite_compile.kernels.select_kernel import HOPPER, Kernel, hopper_obstacle, select_kernel
 from lite_compile.key_ranges import KeyRanges, find_key_tiles, hide_keys, range_table
 from lite_compile.ops import COMPUTED_TILE, HIDDEN_TILE, attend_reference, touched_tiles
@@ -276,6 +277,25 @@ def test_states_with_kinds_of_key_tiles_follow_the_reference(kernel: str) -> Non
         expected.copy_(state.cpu())
     assert ours[..., (kinds == HIDDEN_TILE).cpu()].all()
     assert not ours[..., (kinds == COMPUTED_TILE).cpu()].any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 2, 2304, 2304, 64), (2, 4, 1000, 3000, 128), (1, 2, 500, 500, 256)], ids=str)
+def test_the_probe_is_the_mass_of_the_skipped_tiles(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    q, k, v = make(shape, dtype, sharpness=4.0)
+    k, v = k[:, :1], v[:, :1]
+    state, tile = new_state(q, k)
+    bias = padding("infinite", shape[0], shape[3])
+    scale = shape[4] ** -0.5
+    for step in range(3):
+        now = torch.tensor([7, step, 1, 1, 0], dtype=torch.int32, device="cuda")
+        found, same = torch.ops.lite_compile.dropped_mass(q, k, state, now, scale, tile.q, tile.k, bias)
+        assert torch.equal(same, now)
+        given = (q.double().cpu(), k.double().cpu(), state.cpu(), now.cpu(), scale, tile, bias.cpu())
+        torch.testing.assert_close(found.cpu(), dropped_mass(*given), rtol=1e-2, atol=1e-6)
+        assert bool(found.any()) == (step > 0)
+        attend(q, k, v, state, 1, -2.0, scale, key_bias=bias)
+    assert not torch.ops.lite_compile.dropped_mass(q, k, state, -now, scale, tile.q, tile.k, bias)[0].any()
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -47,7 +47,7 @@ def test_a_kernel_that_cannot_be_used_is_an_error() -> None:
         denoise(run, noise(0), [prompt(0)], 2)
 
 
-CONTROL = {"refresh_every": 3, "must_compute": [(0, 50)], "must_skip": [(-300, None)]}
+CONTROL: dict[str, Any] = {"refresh_every": 3, "must_compute": [(0, 50)], "must_skip": [(-300, None)], "probe": True}
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -16,7 +16,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lite_compile.kernels import attend_triton  # noqa: E402
+from lite_compile.kernels import attend_triton, dropped_mass_triton  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
@@ -66,14 +66,14 @@ def compile_offline(
     return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"]), built.metadata.shared)
 
 
-def resource_usage(cubin: bytes) -> tuple[int, int]:
+def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int, int]:
     """Registers per thread and bytes of stack, where spilled registers go."""
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
         listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(r"Function _attend_kernel:\s*REG:(\d+) STACK:(\d+)", listing)
+    found = re.search(rf"Function {function}:\s*REG:(\d+) STACK:(\d+)", listing)
     assert found, listing
     return int(found[1]), int(found[2])
 
@@ -101,6 +101,29 @@ def test_compiles_for(
     assert "cp.async.cg" in build.ptx
     if head_dim in (64, 128):
         assert build.spilled_bytes == 0
+
+
+@pytest.mark.parametrize("arch", [80, 89, 90, 100])
+@pytest.mark.parametrize(("dtype", "head_dim"), [(BF16, 64), (BF16, 128), (FP16, 80), (FP16, 256), (FP32, 128)])
+@pytest.mark.parametrize("has_bias", [False, True])
+def test_the_probe_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool) -> None:
+    kernel = dropped_mass_triton._dropped_mass_kernel
+    constants: dict[str, Any] = {
+        "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim), "TILE_Q": 128, "TILE_K": 64,
+        "HAS_BIAS": has_bias, "q_stride_d": 1, "k_stride_d": 1,
+    }  # fmt: skip
+    if not has_bias:
+        constants["key_bias"] = None
+    types = {"q": POINTERS[dtype], "k": POINTERS[dtype], "key_bias": "*fp32", "state": "*i32", "now": "*i32"}
+    types |= {"parts": "*fp32", "qk_scale": "fp32"} | dict.fromkeys(constants, "constexpr")
+    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(signature) if name in ("q", "k") or "_stride_" in name]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dropped_mass_triton.LAUNCH)
+    registers, spilled = resource_usage(built.asm["cubin"], "_dropped_mass_kernel")
+    print(f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {registers} registers, {spilled} bytes spilled")
+    assert built.metadata.shared <= SHARED_KB[arch] * 1024
+    assert spilled == 0 or dtype is FP32
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,1 @@
+"""Thresholds from an error budget: `calibrate.py` is where to start reading."""

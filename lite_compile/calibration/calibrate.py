@@ -1,0 +1,337 @@
+"""`calibrate`: the boldest thresholds, by layer and step, that keep an error budget. The phases in order."""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import math
+import os
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..control import check_model
+from ..environment import installed_version
+from ..errors import nearest
+from ..progress import progress
+from ..schedule import Schedule
+from .attention_error import METRICS
+from .budget import Budget, Share, default_share
+from .calibration_file import CalibratedThresholds, LayerColumn, write_calibration
+from .fingerprint import fingerprint
+from .generations import Generations
+from .journal import Journal
+from .replay import Replay
+from .result import Calibration, Quality
+from .search import FLOOR, Points, ThresholdSearch, interpolate, strictest
+from .target import QualityTarget, ScaleSearch
+
+MARGIN = 0.8
+"""Share of the budget that the search aims at: other prompts and seeds err a little more."""
+REPAIRS = 2
+"""How often thresholds are made more careful where a replay breaks the budget."""
+SEARCHED = 2
+"""Prompts that are searched where whole generations decide in the end."""
+
+
+def calibrate(
+    model: nn.Module,
+    run: Callable[..., Any],
+    target_error: float = 0.05,
+    metric: str = "l1",
+    out: str | os.PathLike[str] | None = None,
+    *,
+    prompts: Sequence[Any] | None = None,
+    share: Share = default_share,
+    target_psnr: float | None = None,
+    target_ssim: float | None = None,
+    held_out: Sequence[Any] | None = None,
+    value_range: tuple[float, float] | None = None,
+) -> Calibration:
+    """Find the boldest thresholds, by layer and step, under which each layer's attention keeps its error budget.
+
+        pipe.transformer = torch.compile(pipe.transformer, backend="liteattention")
+        lite_compile.calibrate(pipe.transformer, lambda prompt: pipe(prompt), out="wan.toml", prompts=[...])
+
+    Masks of the model are void before and after; the option `threshold` and `set_threshold` have no say meanwhile and
+    are as before afterwards, also after an exception. Waits for the device at each call of a layer.
+
+    Args:
+        model: the denoiser itself, for example `pipe.transformer`, compiled with `backend="liteattention"`.
+        run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
+        target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
+            may use `share` of it. With `target_psnr` or `target_ssim`: where the search begins.
+        metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
+        out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
+            from.
+        prompts: whatever `run` takes; the most careful thresholds over all of them count.
+        share: of a fraction of the trajectory (0 to 1): the share of `target_error` that a step there may use.
+        target_psnr: dB. Instead of `target_error`: the sparsest thresholds under which what `run` returns (a tensor, an
+            array, images or an output of diffusers) is as close to a dense generation.
+        target_ssim: likewise, 0 to 1.
+        held_out: prompts that the result is measured on for `target_psnr` and `target_ssim`.
+        value_range: least and largest value of what `run` returns, for PSNR and SSIM. None: 0 to 255 for 8 bits, else
+            what each dense result spans.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range; dense generations of `run` differ from each other.
+        RuntimeError: the model's attention does not run through liteattention, or in CUDA graphs; its clock does not
+            know where in the trajectory it is.
+    """
+    original, quality = _check(
+        model, run, target_error, metric, prompts, target_psnr, target_ssim, held_out, value_range
+    )
+    given: list[Any] = [None] if prompts is None else list(prompts)
+    budget = Budget(float(target_error), metric, share)
+    budget.at(0.0), budget.at(1.0)
+    path = None if out is None else Path(os.fspath(out))
+    if path is not None and not path.resolve().parent.is_dir():
+        raise ValueError(f"out is {str(path)!r}; allowed: a file in a folder that exists")
+    generations = Generations(original, run, prompts is not None)
+    journal = Journal(
+        None if path is None else path.with_name(f"{path.name}.partial"),
+        {
+            "model": str(fingerprint(original)), "target_error": budget.target, "metric": metric,
+            "shares": [budget.at(i / 16) for i in range(17)], "prompts": _digest(given), "held_out": _digest(held_out),
+            "quality": None if quality is None else [quality.name, quality.value, quality.given_range],
+            "lite-compile": installed_version("lite-compile"),
+        },
+    )  # fmt: skip
+    calibration = _Phases(original, generations, budget, given, journal).carry_out(quality, list(held_out or ()), path)
+    journal.remove()
+    return calibration
+
+
+class _Phases:
+    """One calibration: searches prompt after prompt, replays, repairs."""
+
+    def __init__(
+        self, model: nn.Module, generations: Generations, budget: Budget, prompts: list[Any], journal: Journal
+    ) -> None:
+        self._model, self._generations, self._budget = model, generations, budget
+        self._prompts, self._journal = prompts, journal
+        self._attentions, self._calls = 0, 1
+
+    def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
+        """All phases, and the file."""
+        points, slopes = self._search(self._prompts if quality is None else self._prompts[:SEARCHED])
+        reached = None
+        if quality is None:
+            points, errors, densities = self._repair(points, slopes)
+        else:
+            points, reached = self._meet(quality, points, slopes, held_out)
+            errors, densities = self._replay(points, "final")
+        thresholds = self._thresholds(points)
+        fractions = sorted({f for steps in (*points.values(), *errors.values()) for f in steps} | {0.0, 1.0})
+        calibration = Calibration(
+            thresholds, self._budget.metric, self._budget.target, {f: self._budget.at(f) for f in fractions}, errors,
+            densities, path, self._attentions / (self._calls * len(self._prompts)), reached,
+        )  # fmt: skip
+        if path is not None:
+            save_calibration(calibration, path, fractions, len(self._prompts))
+        return calibration
+
+    def _search(self, prompts: Sequence[Any]) -> tuple[Points, dict[str, float]]:
+        """Thresholds that keep the budget in each prompt's generation, and the layers' slopes."""
+        found: list[Points] = []
+        slopes: dict[str, list[float]] = {}
+        for number, prompt in enumerate(progress(prompts, "searching thresholds")):
+            result = self._journal.once(f"search {number}", partial(self._search_one, prompt, tuple(found)))
+            found.append(_from_json(result["points"]))
+            self._attentions, self._calls = self._attentions + result["attentions"], result["calls"]
+            for layer, slope in result["slopes"].items():
+                slopes.setdefault(layer, []).append(slope)
+        points = strictest(found)
+        if not points:
+            raise RuntimeError(
+                "run() took no second step that uses masks, so there is nothing to calibrate: one generation needs two "
+                "or more denoising steps that are not among dense_steps"
+            )
+        return points, {layer: min(values) for layer, values in slopes.items()}
+
+    def _search_one(self, prompt: Any, before: Sequence[Points]) -> dict[str, Any]:
+        limits = strictest(before)
+        cap = (
+            (lambda layer, fraction: interpolate(limits[layer], fraction) if layer in limits else 0.0)
+            if before
+            else None
+        )
+        search = ThresholdSearch(self._budget, MARGIN, cap)
+        self._generations.observe(prompt, search)
+        return {
+            "points": _to_json(search.found), "slopes": search.slopes(), "attentions": search.kernel_calls,
+            "calls": search.calls,
+        }  # fmt: skip
+
+    def _repair(self, points: Points, slopes: dict[str, float]) -> tuple[Points, Points, Points]:
+        """Replay the thresholds; where a layer breaks its budget, make what leads there more careful and try again."""
+        for attempt in range(REPAIRS + 1):
+            errors, densities = self._replay(points, f"replay {attempt}")
+            broken = {layer: self._excess(steps) for layer, steps in errors.items()}
+            if attempt == REPAIRS or not any(ratio > 1 for ratio, _ in broken.values()):
+                break
+            for layer, (ratio, last) in broken.items():
+                if ratio > 1:
+                    less = min(8.0, math.log2(min(ratio / MARGIN, 2.0**16)) / slopes.get(layer, 1.0) + 0.25)
+                    points[layer] = {f: max(FLOOR, t - less) if f < last else t for f, t in points[layer].items()}
+        return points, errors, densities
+
+    def _excess(self, steps: dict[float, float]) -> tuple[float, float]:
+        """Largest ratio of error and budget, and the last fraction where the budget is broken."""
+        ratios = {fraction: error / self._budget.at(fraction) for fraction, error in steps.items()}
+        return max(ratios.values()), max((f for f, ratio in ratios.items() if ratio > 1), default=0.0)
+
+    def _replay(self, points: Points, name: str) -> tuple[Points, Points]:
+        """Errors and densities under these thresholds: the worst, and the mean, over the prompts."""
+        errors: Points = {}
+        densities: dict[str, dict[float, list[float]]] = {}
+        thresholds = self._thresholds(points)
+        for number, prompt in enumerate(progress(self._prompts, "measuring errors")):
+            result = self._journal.once(f"{name}, {number}", partial(self._replay_one, prompt, thresholds))
+            self._attentions += 2 * self._calls
+            for layer, steps in _from_json(result["errors"]).items():
+                known = errors.setdefault(layer, {})
+                known.update({f: max(error, known.get(f, 0.0)) for f, error in steps.items()})
+            for layer, steps in _from_json(result["densities"]).items():
+                for fraction, density in steps.items():
+                    densities.setdefault(layer, {}).setdefault(fraction, []).append(density)
+        means = {
+            layer: {fraction: sum(values) / len(values) for fraction, values in sorted(steps.items())}
+            for layer, steps in densities.items()
+        }
+        return {layer: dict(sorted(steps.items())) for layer, steps in errors.items()}, means
+
+    def _replay_one(self, prompt: Any, thresholds: CalibratedThresholds) -> dict[str, Any]:
+        replay = Replay(thresholds, self._budget.metric)
+        self._generations.observe(prompt, replay)
+        return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
+
+    def _meet(
+        self, target: QualityTarget, points: Points, slopes: dict[str, float], held_out: list[Any]
+    ) -> tuple[Points, Quality]:
+        """Thresholds scaled until generations meet the target, and how close they come."""
+
+        def scaled(x: float) -> Points:
+            return {
+                layer: {f: min(0.0, max(FLOOR, t + x / slopes.get(layer, 1.0))) for f, t in steps.items()}
+                for layer, steps in points.items()
+            }
+
+        search = ScaleSearch(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
+        x, values = search.find(self._prompts)
+        others = []
+        for number, prompt in enumerate(progress(held_out, "held-out prompts")):
+            name = f"held-out prompt {number}"
+            others.append(self._journal.once(name, partial(search.measure, prompt, name, x)))
+        self._attentions += self._calls * search.runs
+        return scaled(x), Quality(target.name, target.value, 2.0**x, tuple(values), tuple(others))
+
+    def _thresholds(self, points: Points) -> CalibratedThresholds:
+        layers = tuple((layer, _schedule(steps)) for layer, steps in points.items())
+        return CalibratedThresholds(layers, fingerprint(self._model))
+
+
+def _schedule(steps: dict[float, float]) -> Schedule:
+    """Through these points; the first and the last threshold reach to the ends."""
+    ordered = sorted(steps)
+    full = {0.0: steps[ordered[0]], **{f: steps[f] for f in ordered}}
+    full.setdefault(1.0, steps[ordered[-1]])
+    return Schedule(tuple(full), tuple(full.values()), "calibrated")
+
+
+def save_calibration(calibration: Calibration, path: Path, fractions: Sequence[float], prompts: int) -> None:
+    """Write the file."""
+    settings: dict[str, Any] = {
+        "metric": calibration.metric, "meaning": METRICS[calibration.metric], "target_error": calibration.target_error,
+        "within_budget": calibration.met, "density": calibration.density, "prompts": prompts,
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+    }  # fmt: skip
+    tables: dict[str, dict[str, Any]] = {"calibration": settings}
+    if calibration.quality is not None:
+        q = calibration.quality
+        tables["quality"] = {
+            "measure": q.name, "target": q.target, "scale": q.scale, "calibration": list(q.calibration),
+            "held_out": list(q.held_out),
+        }  # fmt: skip
+    model = calibration.thresholds.model
+    tables["model"] = {"class": model.name, "parameters": model.parameters, "digest": model.digest}
+    tables["versions"] = {name: installed_version(name) for name in ("lite-compile", "torch", "triton")}
+    layers = {}
+    for layer, schedule in calibration.thresholds.layers:
+        measured = (calibration.errors.get(layer, {}), calibration.densities.get(layer, {}))
+        errors, densities = (tuple(steps.get(f, math.nan) for f in fractions) for steps in measured)
+        layers[layer] = LayerColumn(tuple(schedule.at(f) for f in fractions), errors, densities)
+    write_calibration(path, tables, fractions, [calibration.budget[f] for f in fractions], layers)
+
+
+def _to_json(points: Points) -> dict[str, list[list[float]]]:
+    return {layer: [[f, value] for f, value in steps.items()] for layer, steps in points.items()}
+
+
+def _from_json(content: dict[str, list[list[float]]]) -> Points:
+    return {layer: {step[0]: step[1] for step in steps} for layer, steps in content.items()}
+
+
+def _digest(prompts: Sequence[Any] | None) -> str:
+    """Tells prompts apart, tensors among them by their values."""
+    digest = hashlib.sha256()
+    for prompt in prompts or ():
+        if isinstance(prompt, torch.Tensor):
+            digest.update(prompt.detach().double().cpu().contiguous().numpy().tobytes())
+        else:
+            digest.update(repr(prompt).encode())
+    return digest.hexdigest()[:16]
+
+
+def _check(
+    model: nn.Module, run: Callable[..., Any], target_error: float, metric: str, prompts: Sequence[Any] | None,
+    target_psnr: float | None, target_ssim: float | None, held_out: Sequence[Any] | None,
+    value_range: tuple[float, float] | None,
+) -> tuple[nn.Module, QualityTarget | None]:  # fmt: skip
+    """The model itself and the target on its results; raises for arguments that are out of range."""
+    if model is None:
+        raise TypeError("model is None; allowed: a torch.nn.Module")
+    checked = check_model(model)
+    assert checked is not None
+    if not callable(run):
+        raise TypeError(f"run is {run!r} ({type(run).__name__}); allowed: a callable that performs one generation")
+    if not isinstance(metric, str) or metric not in METRICS:
+        allowed = ", ".join(map(repr, METRICS))
+        raise ValueError(f"metric is {metric!r}; allowed: {allowed}.{nearest(str(metric), METRICS)}")
+    _check_number("target_error", target_error, 1.0)
+    for name, listed in (("prompts", prompts), ("held_out", held_out)):
+        if isinstance(listed, str) or (listed is not None and not isinstance(listed, Sequence)):
+            raise TypeError(
+                f"{name} is {listed!r} ({type(listed).__name__}); allowed: a list of what run takes, or None"
+            )
+    if prompts is not None and not prompts:
+        raise ValueError("prompts is empty; allowed: one or more, or None if run takes none")
+    targets = [("psnr", target_psnr, 200.0), ("ssim", target_ssim, 1.0)]
+    asked = [(name, value, most) for name, value, most in targets if value is not None]
+    if len(asked) > 1:
+        raise ValueError(f"target_psnr is {target_psnr!r} and target_ssim {target_ssim!r}; allowed: one of them")
+    if held_out and (not asked or prompts is None):
+        raise ValueError("held_out is for target_psnr or target_ssim, together with prompts")
+    if value_range is not None:
+        pair = isinstance(value_range, list | tuple) and len(value_range) == 2
+        if not pair or not all(isinstance(x, int | float) for x in value_range) or not value_range[0] < value_range[1]:
+            raise ValueError(f"value_range is {value_range!r}; allowed: (least, largest), or None")
+        if not asked:
+            raise ValueError("value_range is for target_psnr and target_ssim")
+    original: nn.Module = getattr(checked, "_orig_mod", checked)
+    if not asked:
+        return original, None
+    ((name, value, most),) = asked
+    _check_number(f"target_{name}", value, most)
+    return original, QualityTarget(name, float(value), value_range)
+
+
+def _check_number(name: str, value: Any, most: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); allowed: a number above 0, at most {most:g}")
+    if not 0 < value <= most:
+        raise ValueError(f"{name} is {value!r}; allowed: a number above 0, at most {most:g}")

@@ -1,0 +1,220 @@
+"""Find the boldest thresholds that keep the budget, in one generation, on its own sparse trajectory.
+
+A mark made at one step takes effect at the next. So a threshold is chosen a step late: each call of a layer leaves
+several copies of its state, marked under one candidate threshold each, and the next call of the same stream takes the
+boldest copy under whose mask *its* output keeps *its* step's budget. That is the error which the threshold will cause
+when the schedule is used; nothing is predicted. The output of that copy is passed on, so all later layers and steps see
+the sparse trajectory.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .attention_error import attention_error
+from .budget import Budget
+from .intercept import AttendCall
+
+FLOOR = -30.0
+"""The most careful candidate: what it skips weighs nothing, and unlike -inf it can be interpolated."""
+FIRST = (-16.0, -12.0, -9.0, -6.5, -4.5, -2.5)
+AROUND = (-3.0, -1.0, 0.0, 1.5)
+"""Later candidates, from the layer's last threshold."""
+BELOW = (-3.0, -1.0, 0.0)
+"""Candidates from what earlier prompts allow."""
+SLOPE = 0.5
+"""log2 of the error per log2 unit of threshold where nothing was measured."""
+
+Points = dict[str, dict[float, float]]
+"""By layer, a number per fraction of the trajectory."""
+Cap = Callable[[str, float], float]
+
+
+@dataclass
+class _Option:
+    """A copy of a stream's state, marked under one threshold."""
+
+    threshold: float
+    rows: Tensor
+    """int32 `[1, B, H, q_tiles, row_words]`."""
+
+
+@dataclass
+class _Stream:
+    """What is known of one guidance stream of one layer after a call."""
+
+    epoch: int
+    fraction: float
+    options: list[_Option]
+    """From careful to bold."""
+    chosen: _Option | None = None
+    """The state that the call used, as it was before it, and the threshold that it was marked under."""
+    rejected: Sequence[_Option] = ()
+    """More careful ones than that."""
+    before: float = 0.0
+    """Fraction of the call that marked them."""
+
+
+class ThresholdSearch:
+    """Handler for `intercepted` that finds thresholds while one generation runs.
+
+    Of several guidance streams the most careful threshold counts; a stream that went further goes back to it.
+    """
+
+    def __init__(self, budget: Budget, margin: float, cap: Cap | None = None) -> None:
+        self._budget, self._margin, self._cap = budget, margin, cap
+        self.found: Points = {}
+        """Thresholds by layer and fraction, log2 units."""
+        self._slopes: dict[str, list[float]] = {}
+        self._streams: dict[tuple[int, int], _Stream] = {}
+        self._candidates: dict[tuple[str, float], list[float]] = {}
+        self._centre: dict[str, float] = {}
+        self.kernel_calls, self.calls = 0, 0
+        """How often attention was computed, and how often it was asked for."""
+
+    def __call__(self, layer: str, call: AttendCall) -> None:
+        self.calls += 1
+        if not call.uses_state:
+            call.attend(call.threshold)
+            self.kernel_calls += 1
+            return
+        if call.fraction < 0:
+            raise RuntimeError(
+                f"layer {layer!r}: the clock does not know how far the generation is, so thresholds would have no "
+                "place; see 'the fraction of the trajectory' in docs/options.md (timesteps that are negative, or "
+                "announced without their number: use lite_compile.generation(model, steps=N))"
+            )
+        key = (call.state.data_ptr(), call.slot)
+        stream = self._streams.get(key)
+        if stream is None or stream.epoch != call.epoch:
+            stream = _Stream(call.epoch, call.fraction, [_Option(math.nan, call.copy_rows())])
+            chosen = stream.options[0]
+            rows = chosen.rows.clone()
+            call.attend(self._floor(call), rows)
+            self.kernel_calls += 1
+            rejected: list[_Option] = []
+        else:
+            self._go_back(layer, stream, call)
+            chosen, rejected, rows = self._choose(layer, stream, call)
+        options = [_Option(FLOOR, rows)]
+        scratch = torch.empty_like(call.out)
+        for threshold in self._ladder(layer, call.fraction):
+            options.append(_Option(threshold, chosen.rows.clone()))
+            call.attend(torch.full_like(call.threshold, threshold), options[-1].rows, scratch)
+            self.kernel_calls += 1
+        call.state[call.slot].copy_(rows[0])
+        self._streams[key] = _Stream(call.epoch, call.fraction, options, chosen, rejected, stream.fraction)
+
+    def slopes(self) -> dict[str, float]:
+        """By layer: how much log2 of the error grows per log2 unit of threshold, 0.1 to 2."""
+        known = {layer: statistics.median(values) for layer, values in self._slopes.items()}
+        return {layer: min(2.0, max(0.1, known.get(layer, SLOPE))) for layer in self.found}
+
+    def _floor(self, call: AttendCall) -> Tensor:
+        return torch.full_like(call.threshold, FLOOR)
+
+    def _choose(self, layer: str, stream: _Stream, call: AttendCall) -> tuple[_Option, list[_Option], Tensor]:
+        """The boldest option that keeps the budget, those below it, and its rows after the call; writes `out`."""
+        found = self.found.setdefault(layer, {})
+        limit = found.get(stream.fraction, 0.0)  # what another stream of that step, or generation of this run, found
+        options = [option for i, option in enumerate(stream.options) if i == 0 or option.threshold <= limit]
+        budget = self._budget.at(call.fraction) * self._margin
+        dense = call.attend_densely(torch.empty_like(call.out))
+        self.kernel_calls += 1
+        errors: dict[int, float] = {}
+        kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+
+        def measure(index: int) -> float:
+            rows, out = options[index].rows.clone(), torch.empty_like(call.out)
+            call.attend(self._floor(call), rows, out)
+            self.kernel_calls += 1
+            errors[index] = attention_error(out, dense, self._budget.metric)
+            kept[index] = (out, rows, None if call.lse is None else call.lse.clone())
+            return errors[index]
+
+        low, high = 0, len(options) - 1
+        probe = high if self._cap is not None else (high + 1) // 2
+        while low < high:
+            if measure(probe) <= budget:
+                low = probe
+            else:
+                high = probe - 1
+            for index in [index for index in kept if index != low]:
+                del kept[index]
+            probe = (low + high + 1) // 2
+        if low not in kept:
+            measure(low)
+        out, rows, lse = kept[low]
+        call.out.copy_(out)
+        if call.lse is not None and lse is not None:
+            call.lse.copy_(lse)
+        threshold = options[low].threshold
+        if low > 0 or errors[0] <= budget:
+            self._centre[layer] = max(FLOOR, threshold)
+        found[stream.fraction] = min(found.get(stream.fraction, 0.0), threshold)
+        self._note_slopes(layer, [(options[i].threshold, error) for i, error in sorted(errors.items())])
+        return options[low], options[:low], rows
+
+    def _note_slopes(self, layer: str, measured: Sequence[tuple[float, float]]) -> None:
+        for (a, low), (b, high) in itertools.pairwise(measured):
+            if 0 < low < high < math.inf and a > FLOOR:
+                self._slopes.setdefault(layer, []).append(math.log2(high / low) / (b - a))
+
+    def _ladder(self, layer: str, fraction: float) -> list[float]:
+        """Candidates above `FLOOR` for marks made at that fraction, rising; the same ones for all streams of a step."""
+        key = (layer, fraction)
+        if key not in self._candidates:
+            if self._cap is not None:
+                centre, offsets = self._cap(layer, fraction), list(BELOW)
+            elif layer in self._centre:
+                centre, offsets = self._centre[layer], list(AROUND)
+            else:
+                centre, offsets = 0.0, list(FIRST)
+            values = sorted({min(0.0, centre + offset) for offset in offsets})
+            self._candidates[key] = [value for value in values if value > FLOOR]
+        return self._candidates[key]
+
+    def _go_back(self, layer: str, stream: _Stream, call: AttendCall) -> None:
+        """If another stream found a more careful threshold since, take back what this one marked beyond it."""
+        if stream.chosen is None or math.isnan(stream.chosen.threshold):
+            return
+        limit = self.found[layer][stream.before]
+        if stream.chosen.threshold <= limit:
+            return
+        careful = [option for option in stream.rejected if option.threshold <= limit][-1].rows
+        start = call.mask_start
+        had, has = stream.chosen.rows[..., start:], careful[..., start:]
+        for option in stream.options:
+            bits = option.rows[..., start:]
+            bits.copy_((bits & ~had) | has)
+
+
+def strictest(runs: Sequence[Points]) -> Points:
+    """The most careful threshold of several generations at each fraction that any of them has."""
+    combined: Points = {}
+    for layer in dict.fromkeys(layer for run in runs for layer in run):
+        known = [run[layer] for run in runs if run.get(layer)]
+        fractions = sorted({fraction for points in known for fraction in points})
+        combined[layer] = {f: min(interpolate(points, f) for points in known) for f in fractions}
+    return combined
+
+
+def interpolate(points: Mapping[float, float], fraction: float) -> float:
+    """Straight between two points; beyond the ends the nearest one counts."""
+    fractions = sorted(points)
+    if fraction <= fractions[0] or len(fractions) == 1:
+        return points[fractions[0]]
+    if fraction >= fractions[-1]:
+        return points[fractions[-1]]
+    for a, b in itertools.pairwise(fractions):
+        if a <= fraction <= b:
+            weight = (fraction - a) / (b - a)
+            return points[a] * (1 - weight) + points[b] * weight
+    raise AssertionError("not reached: fractions are sorted")

@@ -1,0 +1,118 @@
+"""Targets for whole generations."""
+
+from __future__ import annotations
+
+import math
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
+
+from models import compiled, denoise, noise, prompt, tiny_wan
+from moving_digits import metrics
+
+import lite_compile
+from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
+from lite_compile.calibration.target import QualityTarget
+
+STEPS = 5
+
+
+@pytest.fixture(autouse=True)
+def _reset() -> None:
+    torch._dynamo.reset()
+
+
+def test_thresholds_meet_a_psnr_and_nothing_else_is_needed(tmp_path: Path) -> None:
+    model = tiny_wan()
+    call = compiled(model)
+
+    def run(number: int) -> Tensor:
+        return denoise(call, noise(number), [prompt(number), prompt(99)], STEPS)
+
+    target = 85.0
+    found = lite_compile.calibrate(
+        model, run, 0.05, out=tmp_path / "wan.toml", prompts=[0, 1], target_psnr=target, held_out=[7]
+    )
+    assert found.quality is not None
+    assert found.quality.scale < 1  # 0.05 alone is too bold for it
+    lite_compile.set_threshold(model, -math.inf)
+    dense = {number: run(number) for number in (0, 1, 7)}
+    lite_compile.set_threshold(model, tmp_path / "wan.toml")
+    measured = []
+    for number, expected in dense.items():
+        error = (run(number) - expected).double().square().mean()
+        measured.append(float(10 * torch.log10((expected.max() - expected.min()) ** 2 / error)))
+    assert min(measured[:2]) >= target
+    assert measured == pytest.approx([*found.quality.calibration, *found.quality.held_out], abs=0.5)
+    assert found.density < 0.99
+    text = (tmp_path / "wan.toml").read_text()
+    assert "[quality]" in text
+    assert 'measure = "psnr"' in text
+    assert "psnr (held out)" in str(found)
+
+
+def test_a_target_that_cannot_be_met_and_a_run_without_a_seed() -> None:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+    count = iter(range(1000))
+    with pytest.raises(ValueError, match=r"two dense generations of run.* fix its seed"):
+        lite_compile.calibrate(model, lambda: denoise(call, noise(next(count)), [prompt(0)], 3), target_psnr=30)
+    # Each generation is its dense one plus noise of its own that the target does not allow.
+    runs = iter(range(1000))
+
+    def noisy() -> Tensor:
+        result = denoise(call, noise(0), [prompt(0)], 3)
+        return result if next(runs) < 3 else result + 0.5 * torch.randn_like(result)
+
+    with pytest.raises(ValueError, match="target_psnr is 60: no thresholds that were tried meet it"):
+        lite_compile.calibrate(model, noisy, target_psnr=60)
+
+
+def test_what_run_may_return() -> None:
+    frames = np.random.default_rng(0).random((2, 5, 16, 24, 3))
+    expected = torch.from_numpy(frames).movedim(-1, -3)
+    assert torch.equal(read_output(frames), expected)
+    assert torch.equal(read_output(SimpleNamespace(frames=frames)), expected)
+    assert torch.equal(read_output(SimpleNamespace(images=list(frames))), expected)
+    assert torch.equal(read_output((torch.ones(1, 4, 8, 8),)), torch.ones(1, 4, 8, 8).double())
+    from PIL import Image
+
+    images = [Image.fromarray((frame * 255).astype("uint8")) for frame in frames[0]]
+    assert read_output(SimpleNamespace(frames=[images])).shape == (5, 3, 16, 24)
+    assert value_range(SimpleNamespace(frames=[images]), expected, None) == 255
+    assert value_range(frames, expected, None) == float(expected.max() - expected.min())
+    assert value_range(frames, expected, (-1, 1)) == 2
+    for wrong, named in ((None, "let it return what"), ("x", "str"), ([], "list"), (torch.ones(3), r"\(3,\)")):
+        with pytest.raises(TypeError, match=named):
+            read_output(wrong)
+
+
+def test_measures_against_those_of_the_examples() -> None:
+    a, b = torch.rand(2, 3, 4, 20, 30, generator=torch.Generator().manual_seed(0))
+    b = a + 0.1 * b
+    assert psnr(a.double(), b.double(), 1.0) == pytest.approx(float(metrics.psnr(a, b, (0, 1))), rel=1e-5)
+    assert ssim(a.double(), b.double(), 1.0) == pytest.approx(float(metrics.ssim(a, b, (0, 1))), rel=1e-4)
+    assert psnr(a, a, 1.0) == math.inf
+    assert ssim(a.double(), a.double(), 1.0) == pytest.approx(1)
+    b[0, 0, 0, 0] = math.nan
+    assert psnr(a.double(), b.double(), 1.0) == ssim(a.double(), b.double(), 1.0) == -math.inf
+    with pytest.raises(ValueError, match="11 x 11 or more, not 4 x 4"):
+        ssim(torch.ones(1, 4, 4), torch.ones(1, 4, 4), 1.0)
+
+
+@pytest.mark.parametrize(
+    ("values", "met"),
+    [([30.0], True), ([29.9], False), ([31.0, 31.1, 30.9], True), ([30.1, 36.0, 33.0], False), ([math.inf] * 3, True)],
+)
+def test_the_spread_of_few_generations_counts(values: list[float], met: bool) -> None:
+    target: Any = QualityTarget("psnr", 30.0, None)
+    assert target.met(values) is met
