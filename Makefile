@@ -65,7 +65,7 @@ bench:  ## time attention on this machine's GPU with PYTHON's own torch (BENCH_A
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py
 
-bench-doc:  ## write the tables of docs/performance.md and README.md from benchmarks/results
+bench-doc:  ## write the tables of the README and of docs/ from benchmarks/results
 	$(PYTHON) benchmarks/tables.py
 
 models-doc: $(STAMP)  ## write docs/models.md: what is rewritten in each model of tests/zoo

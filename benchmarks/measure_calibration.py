@@ -8,7 +8,7 @@
 3. Constant thresholds on the same generations; at equal mean PSNR, how much sparser is calibrated, per seed.
 
 Nothing goes through Inductor, so that what differs is the attention alone. On a CPU: `--side 32
---steps 4 --prompts 1 --seeds 2` shows that it works.
+--steps 5 --prompts 1 --seeds 2 --no-times` shows that it works.
 """
 
 from __future__ import annotations
@@ -38,11 +38,12 @@ from moving_digits.sampling import generate
 
 import lite_compile
 from lite_compile import Schedule
-from lite_compile.calibration.budget import Budget
+from lite_compile.calibration.budget import Budget, default_share
 from lite_compile.calibration.generations import Generations
 from lite_compile.calibration.replay import Replay, mean_density
 from lite_compile.schedule import Thresholds
 
+SHARES = {"default": default_share, "flat": lambda fraction: 1.0, "falling": lambda fraction: 1 - 0.75 * fraction}
 Prompt = tuple[str, int]
 """A prompt and its seed."""
 
@@ -56,8 +57,10 @@ def draw_prompts(number: int, seed: int) -> list[Prompt]:
 class Measurement:
     """The held-out generations, dense once, and under any thresholds."""
 
-    def __init__(self, model: torch.nn.Module, run: Callable[[Prompt], Tensor], held_out: Sequence[Prompt]) -> None:
-        self._model, self._run, self._held_out = model, run, held_out
+    def __init__(
+        self, model: torch.nn.Module, run: Callable[[Prompt], Tensor], held_out: Sequence[Prompt], timed: bool
+    ) -> None:
+        self._model, self._run, self._held_out, self._timed = model, run, held_out, timed
         self._generations = Generations(model, run, with_prompt=True)
         self._dense = [self._generations.observe(prompt, Replay(None)) for prompt in held_out]
 
@@ -78,7 +81,7 @@ class Measurement:
         if budget is not None:
             found |= {"layer_steps": count, "within_budget": kept / count, "within_target": within / count}
         found |= {"mean_psnr": mean(found["psnr"]), "mean_density": statistics.mean(found["density"])}
-        return found | {"seconds": self.seconds(thresholds)}
+        return found | {"seconds": self.seconds(thresholds) if self._timed else math.nan}
 
     def seconds(self, thresholds: Thresholds) -> float:
         """Of one generation, nothing intercepted; the second of two."""
@@ -130,10 +133,13 @@ def main() -> None:
     parser.add_argument("--targets", type=float, nargs="*", default=[0.01, 0.02, 0.05, 0.1])
     parser.add_argument("--constants", type=float, nargs="*", default=[-12.0, -8.0, -6.0, -4.5, -3.0])
     parser.add_argument("--psnr", type=float, nargs="*", default=[35.0])
+    parser.add_argument("--share", choices=SHARES, default="default", help="of the budget along the trajectory")
+    parser.add_argument("--no-times", action="store_true", help="leave out the two generations per row that are timed")
     parser.add_argument("--side", type=int, help="pixels of the videos' sides; default: what the model was trained on")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     args = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
+    share = SHARES[args.share]
     begin = time.perf_counter()
     setting = setting_of(args.weights)
     setting = replace(setting, side=args.side or setting.side)
@@ -162,7 +168,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "device": device, "torch": torch.__version__, "commit": os.environ.get("LITE_COMMIT", "unknown"),
         "setting": setting.name, "tokens": setting.tokens, "dtype": str(dtype), "steps": args.steps,
-        "calibration_prompts": given,
+        "calibration_prompts": given, "share": args.share,
     }  # fmt: skip
 
     def save(**found: Any) -> None:
@@ -171,7 +177,7 @@ def main() -> None:
         if args.json:
             args.json.write_text(json.dumps(record, indent=1) + "\n")
 
-    measurement = Measurement(model, run, draw_prompts(args.seeds, 1000))
+    measurement = Measurement(model, run, draw_prompts(args.seeds, 1000), not args.no_times)
     none = measurement.rows(Schedule.constant(-math.inf), None)
     say("-inf", none)
     save(nothing_skipped=none)
@@ -183,16 +189,16 @@ def main() -> None:
     calibrated = {}
     for target in args.targets:
         start = time.perf_counter()
-        found = lite_compile.calibrate(model, run, target, prompts=given)
+        found = lite_compile.calibrate(model, run, target, prompts=given, share=share)
         row = {"calibration_seconds": time.perf_counter() - start, "calibration_met": found.met, "cost": found.cost}
-        row |= measurement.rows(found.thresholds, Budget(target, "l1"))
+        row |= measurement.rows(found.thresholds, Budget(target, "l1", share))
         row["against_constant"] = compare(row, constants)
         calibrated[target] = row
         say(f"l1 {target:g}", row)
         save(calibrated=calibrated)
     quality = {}
     for target in args.psnr:
-        found = lite_compile.calibrate(model, run, prompts=given, target_psnr=target, value_range=(0, 1))
+        found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
         assert found.quality is not None
         row = {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
         row |= measurement.rows(found.thresholds, None)

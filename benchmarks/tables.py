@@ -1,4 +1,4 @@
-"""Write the tables of docs/performance.md and README.md from the JSON in benchmarks/results/ (`make bench-doc`).
+"""Write the tables of the README and of docs/ from the JSON in benchmarks/results/ (`make bench-doc`).
 
 A table stands between `<!-- table: NAME -->` and `<!-- end of table -->`; what is between them is replaced. `--check`
 writes nothing and fails if a file would change.
@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-PAGES = (ROOT / "docs" / "performance.md", ROOT / "README.md")
+PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 MODELS = {"1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens", "14b": "Wan2.1-14B, 720p, 75,600 tokens"}
@@ -115,11 +115,86 @@ def suites() -> str:
     return table(header, rows)
 
 
+def fidelity() -> str:
+    """Every method at every density, against dense videos of the same seeds."""
+    run = load("fidelity-long-h100.json")
+    header = [
+        "density",
+        "method",
+        "threshold",
+        "dense steps first",
+        "PSNR, dB: mean (worst)",
+        "SSIM: mean (worst)",
+        "flicker",
+    ]
+    header += ["digits right", "directions right"]
+    rows = []
+    for row in run["rows"]:
+        psnr = "equal" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f} ({row['psnr_worst']:.1f})"
+        dense, threshold = str(row.get("dense_steps", "")), ""
+        if "threshold" in row:
+            begin = f"{3 * row['threshold']:.2f} to " if row["method"].endswith("schedule") else ""  # `lite_methods`
+            threshold = f"{begin}{row['threshold']:.2f}"
+        ssim = f"{row['ssim_mean']:.4f} ({row['ssim_worst']:.4f})"
+        digits = f"{row['digits_right']} of {row['digits_of']}"
+        ways = f"{row['directions_right']} of {row['directions_of']}"
+        cells = (row["method"], threshold, dense, psnr, ssim, f"{row['flicker']:.2f}", digits, ways)
+        rows.append((f"{row['density']:.3f}", *cells))
+    about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
+    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/fidelity-long-h100.json`)."
+    return table(header, rows) + f"\n{about}\n"
+
+
+def calibration() -> str:
+    """Calibrated and constant thresholds on generations that calibration did not see."""
+    run = load("calibration-long-h100.json")
+    header = ["threshold", "layer-steps within their budget", "within the target", "density", "PSNR, dB: mean"]
+    header += ["density less than of a constant with the same PSNR", "sparser on", "cost, in dense generations"]
+    named = {"-inf": run["nothing_skipped"]} | {f"constant {name}": row for name, row in run["constants"].items()}
+    named |= {f"l1 {name}": run["calibrated"][name] for name in sorted(run["calibrated"], key=float)}
+    rows = []
+    for name, row in named.items():
+        shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]
+        equal = row.get("against_constant")
+        gain = f"{equal['gain']:.4f} ± {equal['gain_stdev']:.4f}" if equal else "not bracketed" if "cost" in row else ""
+        seeds = f"{equal['seeds_where_sparser']} of {equal['seeds']} seeds" if equal else ""
+        cost = f"{row['cost']:.1f}" if "cost" in row else ""
+        rows.append((name, *shares, f"{row['mean_density']:.3f}", f"{row['mean_psnr']:.1f}", gain, seeds, cost))
+    about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
+    prompts, seeds = len(run["calibration_prompts"]), len(run["nothing_skipped"]["psnr"])
+    about += f", {run['steps']} steps, {prompts} prompts to calibrate, {seeds} held out"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/calibration-long-h100.json`).\n"
+
+
+def criteria() -> str:
+    """Thresholds of both criteria: what attention loses, and the PSNR of final latents."""
+    run = load("compare-criteria-long-h100.json")
+    header = ["criterion", "threshold", "density", "attention: relative error", "attention: mean dropped mass"]
+    header += ["generation: density", "generation: PSNR of latents, dB"]
+    latents = {(row["criterion"], row["threshold"]): row for row in run["latents"]}
+    rows = [("max", "-inf", "", "", "", "1.000", f"{latents['max', float('-inf')]['psnr']:.1f}")]
+    for row in run["attention"]:
+        whole = latents[row["criterion"], row["threshold"]]
+        rows.append(
+            (
+                row["criterion"], f"{row['threshold']:g}", f"{row['density']:.3f}", f"{row['error']:.1e}",
+                f"{row['dropped_mean']:.1e}", f"{whole['density']:.3f}", f"{whole['psnr']:.1f}",
+            )
+        )  # fmt: skip
+    given = run["conditions"]
+    about = f"{given['device']}, {given['dtype']}, torch {given['torch']}, commit {given['commit']}, "
+    about += f"{given['tokens']:,} tokens, {given['steps']} steps, {len(given['prompts'])} prompts "
+    return table(header, rows) + f"\n{about}(`benchmarks/results/compare-criteria-long-h100.json`).\n"
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-short": attention_short,
     "forward": forward,
     "gpu-tests": suites,
+    "fidelity": fidelity,
+    "calibration": calibration,
+    "criteria": criteria,
 }
 
 

@@ -308,8 +308,11 @@ class _Plan(NamedTuple):
 
     @property
     def ready(self) -> bool:
-        """Whether all is compiled, so that addresses do: a call launches these two last."""
-        return self.attend.ready and self.record_visits.ready
+        """Whether all is compiled, so that addresses do. Variants are shared between plans, each with other ones.
+
+        Where `attend` is ready, so are `queue_programs` and `flag_biased`, if it needs them: each has one variant.
+        """
+        return self.list_visits.ready and self.attend.ready and self.record_visits.ready
 
 
 @functools.lru_cache(256)

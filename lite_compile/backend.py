@@ -112,6 +112,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         record_history(graph, layers, now, settings.max_streams)
     if settings.probe:
         record_probes(graph, layers, now, settings.max_streams)
+    settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
     if clock is not ClockSource.ROOT:  # where the layers' full names are known, what they lack is an error right now
@@ -123,7 +124,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
         settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, settings.probe,
-        tuple(masks),
+        tuple(masks), settings.criterion,
         # For CPUs compiling takes longer than it saves.
         compile_clock=settings.inner == "inductor" and device.type == "cuda",
     )  # fmt: skip

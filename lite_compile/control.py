@@ -12,7 +12,7 @@ from torch import nn
 from .announce import Generation, pop, push, restart
 from .clock import RESET
 from .key_ranges import KeyRanges, check_disjoint, check_ranges
-from .layer_state import bindings
+from .layer_state import bindings, bindings_in_use
 from .overrides import override
 from .schedule import as_thresholds, check_threshold
 from .threshold_table import threshold_table
@@ -56,6 +56,7 @@ def set_threshold(model: nn.Module, threshold: Any) -> None:
     parts = [binding for binding in bindings(original) if binding.is_part_of(original)]
     thresholds.check_model([original], [layer for binding in parts for layer in binding.thresholds.layers])
     for binding in parts:
+        thresholds.check_criterion(binding.thresholds.criterion)
         threshold_table(thresholds, binding.thresholds.layers)  # raises if it does not fit
     override(original, thresholds)
 
@@ -77,7 +78,7 @@ def set_ranges(model: nn.Module, *, must_compute: Any = None, must_skip: Any = N
     original = _original(model)
     ranges = KeyRanges(check_ranges("must_compute", must_compute), check_ranges("must_skip", must_skip))
     check_disjoint(ranges)
-    for binding in bindings(original):
+    for binding in bindings_in_use(original):
         if binding.is_part_of(original):
             binding.check_ranges(ranges)
     override(original, ranges=ranges)

@@ -210,11 +210,16 @@ def layer_states(model: nn.Module | None = None) -> list[LayerState]:
 
     A layer that was compiled several times, under other options say, has others as well, which are not in use.
     """
+    return [state for binding in bindings_in_use(model) for state in binding.all_states()]
+
+
+def bindings_in_use(model: nn.Module | None = None) -> list[Binding]:
+    """The bindings that some layer of a model (None: of all) was used with last, in the order of their last calls."""
     latest: dict[int, Binding] = {}
     ordered = sorted(bindings(model), key=lambda binding: binding.last_call)
     for binding in ordered:
         latest |= dict.fromkeys(binding.weights(), binding)
-    return [state for b in ordered if any(x is b for x in latest.values()) for state in b.all_states()]
+    return [binding for binding in ordered if any(found is binding for found in latest.values())]
 
 
 def versions(tensors: Sequence[Tensor]) -> list[int]:

@@ -82,8 +82,11 @@ class ThresholdsInForce:
         self._device = device
         self._number = -1
         self._thresholds: Thresholds | None = None
-        self._exact: frozenset[str] = frozenset()
+        self.exact: frozenset[str] = frozenset()
+        """Layers that skip nothing, whatever the threshold."""
         self.layers: tuple[str, ...] = ()
+        self.criterion = "max"
+        """The option of that name."""
         self.table: Tensor | None = None
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
@@ -99,15 +102,16 @@ class ThresholdsInForce:
             number: `latest_override()` when the call of the model began; later ones wait for the next call.
             exact: names of layers that skip nothing, whatever the threshold.
         """
-        if number == self._number and layers == self.layers and exact == self._exact:
+        if number == self._number and layers == self.layers and exact == self.exact:
             return False
         found = list(overrides_of(tensors()))
         if found and found[0].number > number:
             return False
         thresholds = next((override.thresholds for override in found if override.thresholds is not None), default)
+        thresholds.check_criterion(self.criterion)
         thresholds = ExactLayers(thresholds, exact) if exact else thresholds
         if (thresholds, layers) == (self._thresholds, self.layers):
-            self._number, self._exact = number, exact
+            self._number, self.exact = number, exact
             return False
         values = threshold_table(thresholds, layers)
         with torch.inference_mode(False), torch.no_grad():
@@ -115,7 +119,7 @@ class ThresholdsInForce:
                 self.table = torch.empty_like(values, device=self._device)
             self.table.copy_(values, non_blocking=True)
         changed = self._thresholds is not None
-        self._number, self._thresholds, self._exact, self.layers = number, thresholds, exact, layers
+        self._number, self._thresholds, self.exact, self.layers = number, thresholds, exact, layers
         return changed
 
 

@@ -7,7 +7,7 @@ import operator
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import sympy
@@ -35,6 +35,12 @@ from .trajectory import DenseSteps
 Size = int | torch.SymInt
 MAX_REWRITES, MAX_FRESH = 16, 512
 """So many calls in a row without any mask to use are no coincidence; one graph may serve a hundred blocks."""
+
+
+@lru_cache(maxsize=256)
+def _choose_layers(rule: DenseLayers, names: LayerNames, layers: tuple[str, ...]) -> frozenset[str]:
+    """Those of a model's layers that skip nothing; excluded ones do not count."""
+    return choose_layers(rule, tuple(filter(names.allow, layers))) if rule.any else frozenset()
 
 
 class SizeResolver:
@@ -128,6 +134,7 @@ class StateInputs:
     """Whether one history of what was dropped per layer follows them."""
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
+    criterion: str = "max"
     compile_clock: bool = False
     """Whether a clock outside of the graph is compiled."""
 
@@ -160,6 +167,7 @@ class StatefulGraph:
         )
         self._dense_layers, self._ranges = state.dense_layers, state.ranges
         self._no_ranges = range_table(NO_RANGES).to(state.device)
+        self._criterion = state.criterion
         self._masks = [position[node] for node in state.masks]
         self._dense = dense_now(state.device)
         self._no_thresholds = empty_table(len(state.layers), state.device)
@@ -207,8 +215,9 @@ class StatefulGraph:
 
     def _follow_thresholds(self, binding: Binding, number: int, layers: tuple[str, ...] = ()) -> bool:
         """Write the table if it is out of date; `layers` of the whole model, where the graph is a part of it."""
+        binding.thresholds.criterion = self._criterion
         rule, names = self._dense_layers, binding.names or self._layer_names
-        exact = rule if isinstance(rule, frozenset) else choose_layers(rule, layers) if rule.any else frozenset()
+        exact = rule if isinstance(rule, frozenset) else _choose_layers(rule, self._names, layers)
         return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
 
     def _follow_ranges(self, binding: Binding, number: int) -> bool:
@@ -241,7 +250,7 @@ class StatefulGraph:
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
-            call.root.add_layers(call.module, list(filter(self._names.allow, binding.names)))
+            call.root.add_layers(call.module, binding.names)
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.
         if self._follow_thresholds(binding, call.override, call.root.layers):
@@ -284,6 +293,6 @@ class StatefulGraph:
                 LayerSpec(layer, tuple(shape), tile, q_len, k_len)
                 for (layer, tile), (*shape, q_len, k_len) in zip(self._layers, resolved, strict=True)
             )
-            self._specs[values] = specs
             self._lengths[specs] = [(spec.layer, spec.k_len) for spec in specs]
+            self._specs[values] = specs  # last: a thread that calls the graph for another model may find it at once
         return specs

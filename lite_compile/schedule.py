@@ -35,6 +35,9 @@ class Thresholds(ABC):
         for layer in layers:
             self.schedule(layer)
 
+    def check_criterion(self, criterion: str) -> None:  # noqa: B027
+        """Raise `OptionValueError` if these thresholds were found under another `criterion`. Most were under none."""
+
     def check_model(self, modules: Sequence[nn.Module], layers: Sequence[str]) -> None:  # noqa: B027
         """Raise `OptionValueError` if these are thresholds of another model than one of `modules` (or a part of one).
 

@@ -135,10 +135,11 @@ Attend = Callable[..., None]
 """Called with q, k, v, state, now, scale, threshold, tile, key_bias, protected: marks tiles in `state`."""
 
 
-def check_bound(attend: Attend, case: Case) -> Outcome:
+def check_bound(attend: Attend, case: Case, rounding: float = 2.0**-24) -> Outcome:
     """Run a generation; assert of each row and step that what was marked is within the budget.
 
-    The slack is what rounding in float32 can do to scores and sums, see docs/guarantee.md.
+    The slack is what rounding in float32 can do to scores and sums, see docs/guarantee.md; `rounding`: relative, of one
+    addition or product in a score.
     """
     tile, scale = case.tile, case.dim**-0.5
     k_tiles, bias = tile_count(case.k_len, tile.k), bias_of(case)
@@ -155,7 +156,7 @@ def check_bound(attend: Attend, case: Case) -> Outcome:
         assert not (before & ~after).any(), "a mark was taken back"
         new = (after & ~before)[:, :, of_row]  # of each row
         before = after
-        mass, slack, empty = _exact(case, q, k, bias)
+        mass, slack, empty = _exact(case, q, k, bias, rounding)
         assert not (new & empty[..., None]).any(), "marked by a row that has nothing to attend to"
         mass = mass * new
         largest = float(mass.max()) * k_tiles / budget
@@ -172,7 +173,7 @@ def _marks(state: Tensor, k_tiles: int) -> Tensor:
     return unpack_bits(state[0, ..., row_layout(k_tiles).mask_start :], k_tiles)
 
 
-def _exact(case: Case, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tensor, float, Tensor]:
+def _exact(case: Case, q: Tensor, k: Tensor, bias: Tensor | None, rounding: float) -> tuple[Tensor, float, Tensor]:
     """Share of each tile in each row's softmax over all keys, float64 `[B, H, Sq, k_tiles]`; the factor by which
     float32 may miss it; and which rows have no key, bool `[B, H, Sq]`."""
     keys = k.double().repeat_interleave(case.heads // case.kv_heads, 1)
@@ -188,5 +189,5 @@ def _exact(case: Case, q: Tensor, k: Tensor, bias: Tensor | None) -> tuple[Tenso
     shares = weights / weights.sum(-1, keepdim=True).clamp(min=1)
     k_tiles = tile_count(case.k_len, case.tile.k)
     padded = torch.nn.functional.pad(shares, (0, k_tiles * case.tile.k - case.k_len))
-    error = (case.dim + 4) * 2.0**-24 * float(largest.max())
+    error = (case.dim + 4) * rounding * float(largest.max())
     return padded.unflatten(-1, (k_tiles, -1)).sum(-1), 2 ** (2 * error) * (1 + (k_tiles + 8) * 2.0**-21), empty

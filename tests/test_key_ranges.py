@@ -331,6 +331,26 @@ def test_a_model_that_was_compiled_without_the_option_says_so() -> None:
         denoise(compiled(late, must_skip=[]), noise(0), PROMPTS, 1)
 
 
+@pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
+def test_a_model_that_is_compiled_again_with_other_ranges_follows_them(compile_model: Any) -> None:
+    """The text of the graph does not show them."""
+    model = tiny_wan()
+    for ranges in ([(0, 512)], [(0, 100)]):
+        torch._dynamo.reset()
+        ours = denoise(compile_model(model, must_skip=ranges), noise(0), PROMPTS, 3)
+        assert torch.equal(ours, denoise(compile_model(tiny_wan(), must_skip=ranges), noise(0), PROMPTS, 3))
+
+
+def test_what_was_compiled_before_does_not_matter() -> None:
+    model = tiny_wan()
+    denoise(compiled(model), noise(0), PROMPTS, 2)
+    torch._dynamo.reset()
+    run = compiled(model, must_skip=[])
+    before = denoise(run, noise(0), PROMPTS, 2)
+    lite_compile.set_ranges(model, must_skip=[(0, 512)])
+    assert not torch.equal(denoise(run, noise(0), PROMPTS, 2), before)
+
+
 @pytest.mark.parametrize(
     ("ranges", "error"),
     [({"must_skip": (0, 5)}, OptionTypeError), ({"must_skip": [(5, 5)]}, OptionValueError),

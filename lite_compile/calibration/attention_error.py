@@ -28,24 +28,20 @@ def attention_error(sparse: Tensor, dense: Tensor, metric: str) -> float:
         error = a / b
     elif metric == "rmse":
         error = (a / b).sqrt()
-    else:
-        error = 1 - c / (a * b).sqrt()
-        a = torch.where(b > 0, error, a)
+    else:  # 1 - cosine of small angles would be the difference of two numbers that rounding makes equal
+        error = (a - (c.sqrt() - b.sqrt()).square()) / (2 * (b * c).sqrt())
+        error = torch.where((c == 0) & (b > 0), 1.0, error)
     # Where dense attention is zero, any difference is too much, and none is none.
     error = error.clamp(min=0).nan_to_num(nan=torch.inf, posinf=torch.inf)
     return float(torch.where(b > 0, error, torch.where(a == 0, 0.0, torch.inf)).amax())
 
 
 def _sums(sparse: Tensor, dense: Tensor, metric: str) -> Tensor:
-    """float64 `[3, B]`: what the metric is made of."""
+    """float64 `[3, B]`: absolute values or squares of the difference, of dense and of sparse, summed."""
     x, y = sparse.float().flatten(1), dense.float().flatten(1)
-    if metric == "l1":
-        parts = ((x - y).abs(), y.abs())
-    elif metric == "rmse":
-        parts = ((x - y).square(), y.square())
-    else:
-        return torch.stack([part.sum(1).double() for part in (x * x, y * y, x * y)])
-    return torch.stack([part.sum(1).double() for part in (*parts, parts[0][:, :1])])
+    difference = x - y
+    size = torch.abs if metric == "l1" else torch.square
+    return torch.stack([size(part).sum(1).double() for part in (difference, y, x)])
 
 
 def _parts(sparse: Tensor, dense: Tensor) -> Iterator[tuple[Tensor, Tensor]]:

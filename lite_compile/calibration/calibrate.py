@@ -114,7 +114,7 @@ class _Phases:
     ) -> None:
         self._model, self._generations, self._budget = model, generations, budget
         self._prompts, self._journal = prompts, journal
-        self._attentions, self._calls = 0, 1
+        self._attentions, self._calls, self._criterion = 0, 1, "max"
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
@@ -139,10 +139,13 @@ class _Phases:
         """Thresholds that keep the budget in each prompt's generation, and the layers' slopes."""
         found: list[Points] = []
         slopes: dict[str, list[float]] = {}
+        unused: dict[str, str] = {}
         for number, prompt in enumerate(progress(prompts, "searching thresholds")):
             result = self._journal.once(f"search {number}", partial(self._search_one, prompt, tuple(found)))
             found.append(_from_json(result["points"]))
             self._attentions, self._calls = self._attentions + result["attentions"], result["calls"]
+            self._criterion = next(iter(result["layers"].values()), "max")
+            unused.update(result["layers"])
             for layer, slope in result["slopes"].items():
                 slopes.setdefault(layer, []).append(slope)
         points = strictest(found)
@@ -151,6 +154,8 @@ class _Phases:
                 "run() took no second step that uses masks, so there is nothing to calibrate: one generation needs two "
                 "or more denoising steps that are not among dense_steps"
             )
+        # What the options keep dense has no thresholds, but is among the layers of the model.
+        points |= {layer: {0.0: -math.inf} for layer in unused if layer not in points}
         return points, {layer: min(values) for layer, values in slopes.items()}
 
     def _search_one(self, prompt: Any, before: Sequence[Points]) -> dict[str, Any]:
@@ -163,8 +168,8 @@ class _Phases:
         search = ThresholdSearch(self._budget, MARGIN, cap)
         self._generations.observe(prompt, search)
         return {
-            "points": _to_json(search.found), "slopes": search.slopes(), "attentions": search.kernel_calls,
-            "calls": search.calls,
+            "points": _to_json(search.found), "layers": search.layers, "slopes": search.slopes(), 
+            "attentions": search.kernel_calls, "calls": search.calls,
         }  # fmt: skip
 
     def _repair(self, points: Points, slopes: dict[str, float]) -> tuple[Points, Points, Points]:
@@ -217,7 +222,10 @@ class _Phases:
 
         def scaled(x: float) -> Points:
             return {
-                layer: {f: min(0.0, max(FLOOR, t + x / slopes.get(layer, 1.0))) for f, t in steps.items()}
+                layer: {
+                    f: t if t < FLOOR else min(0.0, max(FLOOR, t + x / slopes.get(layer, 1.0)))
+                    for f, t in steps.items()
+                }
                 for layer, steps in points.items()
             }
 
@@ -232,7 +240,7 @@ class _Phases:
 
     def _thresholds(self, points: Points) -> CalibratedThresholds:
         layers = tuple((layer, _schedule(steps)) for layer, steps in points.items())
-        return CalibratedThresholds(layers, fingerprint(self._model))
+        return CalibratedThresholds(layers, fingerprint(self._model), self._criterion)
 
 
 def _schedule(steps: dict[float, float]) -> Schedule:
@@ -247,6 +255,7 @@ def save_calibration(calibration: Calibration, path: Path, fractions: Sequence[f
     """Write the file."""
     settings: dict[str, Any] = {
         "metric": calibration.metric, "meaning": METRICS[calibration.metric], "target_error": calibration.target_error,
+        "criterion": calibration.thresholds.criterion,
         "within_budget": calibration.met, "density": calibration.density, "prompts": prompts,
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }  # fmt: skip

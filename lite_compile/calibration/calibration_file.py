@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from ..errors import OptionTypeError, OptionValueError, nearest
+from ..ops import CRITERIA
 from ..passes.find_attention import is_made_up
 from ..schedule import Schedule, Thresholds
 from .fingerprint import Fingerprint, fingerprint
@@ -32,6 +33,8 @@ class CalibratedThresholds(Thresholds):
 
     layers: tuple[tuple[str, Schedule], ...]
     model: Fingerprint = field(compare=False)
+    criterion: str = "max"
+    """The option under which they were found; they mean something else under another."""
     source: str = field(default="", compare=False)
     """The file that they come from."""
 
@@ -49,6 +52,11 @@ class CalibratedThresholds(Thresholds):
         if missing:
             raise self._misfit(f"it has no thresholds for {_listed(missing, known)}")
 
+    def check_criterion(self, criterion: str) -> None:
+        """Raise `OptionValueError` if it is another one."""
+        if criterion != self.criterion:
+            raise self._misfit(f"it was made under criterion={self.criterion!r}, this model has {criterion!r}.")
+
     def check_model(self, modules: Sequence[nn.Module], layers: Sequence[str]) -> None:
         """Raise `OptionValueError` if this is another model, or lacks layers that the file has.
 
@@ -62,7 +70,7 @@ class CalibratedThresholds(Thresholds):
         found = next((part for part in named if fingerprint(part) == self.model), None)
         if found is None:
             given = fingerprint(named[0] if named else modules[0])
-            raise self._misfit(f"it was made for {self.model}, this is {given}")
+            raise self._misfit(f"it was made for {self.model}, this is {given}.")
         names = {name for name, _ in found.named_modules()} | set(layers)
         unknown = [name for name, _ in self.layers if name not in names and not is_made_up(name.rpartition(".")[2])]
         if unknown:
@@ -115,6 +123,9 @@ def load_calibration(path: str | os.PathLike[str]) -> CalibratedThresholds:
         or not isinstance(digest, str)
     ):
         raise _bad(source, "its table [model] lacks class, parameters or digest")
+    criterion = _table(content, "calibration", source).get("criterion")
+    if criterion not in CRITERIA:
+        raise _bad(source, f"'criterion' in its table [calibration] is {criterion!r}, not one of {', '.join(CRITERIA)}")
     fractions = _table(content, "trajectory", source).get("fractions")
     if not isinstance(fractions, list):
         raise _bad(source, "its table [trajectory] has no list 'fractions'")
@@ -122,7 +133,7 @@ def load_calibration(path: str | os.PathLike[str]) -> CalibratedThresholds:
     if not layers:
         raise _bad(source, "its table [layers] is empty")
     schedules = tuple((layer, _read_layer(source, layer, entry, fractions)) for layer, entry in layers.items())
-    return CalibratedThresholds(schedules, Fingerprint(name, count, digest), source)
+    return CalibratedThresholds(schedules, Fingerprint(name, count, digest), criterion, source)
 
 
 def _read_layer(source: str, layer: str, entry: Any, fractions: list[Any]) -> Schedule:

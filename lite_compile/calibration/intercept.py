@@ -41,11 +41,18 @@ class AttendCall:
     """That `state` does not have (-1): no state may be used."""
     fraction: float
     """Of the trajectory; negative where the clock does not know it."""
+    marks: bool = True
 
     @property
     def uses_state(self) -> bool:
-        """Whether this call may skip and mark tiles."""
-        return 0 <= self.slot < self.state.shape[0]
+        """Whether this call may skip and mark tiles; layers of `dense_layers` may not."""
+        return self.marks and 0 <= self.slot < self.state.shape[0]
+
+    @property
+    def criterion(self) -> str:
+        """The option of that name."""
+        given = self.named.get("criterion", self.rest[2] if len(self.rest) > 2 else "max")
+        return str(given)
 
     @property
     def k_tiles(self) -> int:
@@ -101,6 +108,7 @@ def intercepted(model: nn.Module, handle: Handler) -> Iterator[None]:
     if ops.intercept is not None:
         raise RuntimeError("another calibration is running in this process; wait for it")
     names: dict[int, str | None] = {}
+    dense: set[str] = set()
     seen = {"calls": 0, "captured": 0}
 
     def intercept(kernel: ops.Kernel) -> ops.Kernel:
@@ -116,6 +124,7 @@ def intercepted(model: nn.Module, handle: Handler) -> Iterator[None]:
         address = state.data_ptr()
         if address not in names:
             names[address] = next((s.layer for s in layer_states(model) if s.state.data_ptr() == address), None)
+            dense.update(*(binding.thresholds.exact for binding in bindings(model)))
         layer = names[address]
         if layer is None:
             return kernel(q, k, v, state, now, scale, threshold, tile, out, lse, *rest, **named)
@@ -124,7 +133,7 @@ def intercepted(model: nn.Module, handle: Handler) -> Iterator[None]:
         (fraction,) = struct.unpack("f", struct.pack("i", words[NOW_FRACTION]))
         call = AttendCall(
             kernel, (q, k, v), state, now, scale, threshold, tile, out, lse, rest, named, words[NOW_EPOCH],
-            words[NOW_SLOT], fraction,
+            words[NOW_SLOT], fraction, layer not in dense,
         )  # fmt: skip
         with torch.no_grad():
             handle(layer, call)

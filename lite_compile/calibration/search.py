@@ -24,7 +24,7 @@ from .intercept import AttendCall
 
 FLOOR = -30.0
 """The most careful candidate: what it skips weighs nothing, and unlike -inf it can be interpolated."""
-FIRST = (-16.0, -12.0, -9.0, -6.5, -4.5, -2.5)
+FIRST = (-14.0, -10.0, -7.0, -4.5, -2.5, 0.0)
 AROUND = (-3.0, -1.0, 0.0, 1.5)
 """Later candidates, from the layer's last threshold."""
 BELOW = (-3.0, -1.0, 0.0)
@@ -72,6 +72,8 @@ class ThresholdSearch:
         self._budget, self._margin, self._cap = budget, margin, cap
         self.found: Points = {}
         """Thresholds by layer and fraction, log2 units."""
+        self.layers: dict[str, str] = {}
+        """The criterion of all layers that ran, those included that never used a state."""
         self._slopes: dict[str, list[float]] = {}
         self._streams: dict[tuple[int, int], _Stream] = {}
         self._candidates: dict[tuple[str, float], list[float]] = {}
@@ -81,6 +83,7 @@ class ThresholdSearch:
 
     def __call__(self, layer: str, call: AttendCall) -> None:
         self.calls += 1
+        self.layers[layer] = call.criterion
         if not call.uses_state:
             call.attend(call.threshold)
             self.kernel_calls += 1

@@ -95,7 +95,8 @@ def test_the_budget_is_kept_when_the_model_follows_the_thresholds(metric: str) -
         # What was reported is what an independent computation finds.
         reported = next(e for f, e in found.errors[layer].items() if f == pytest.approx(step / STEPS, abs=1e-5))
         assert reported == pytest.approx(error, rel=0.02, abs=1e-5)  # float32 rounds by 3e-6
-    assert max(worst.values()) > 0.2 * target  # and the budget is used
+    # And the budget is used, as far as the few tiles allow; the cosine is quadratic in the difference.
+    assert max(worst.values()) > (0.2 if metric != "cosine" else 0.2**2) * target
 
 
 def test_a_larger_budget_skips_more() -> None:
@@ -165,6 +166,32 @@ def replayed_errors_of_one_layer(model: nn.Module, run: Run) -> dict[int, float]
     for (_, step), error in replayed_errors(model, run, 0).items():
         found[step] = max(found.get(step, 0.0), error)
     return found
+
+
+@pytest.mark.parametrize("options", [{"criterion": "mass"}, {"refresh_every": 3}, {"must_skip": [(512, 640)]}])
+def test_it_works_with_other_options(options: dict[str, Any], tmp_path: Path) -> None:
+    model = tiny_wan()
+    run = make_run(compiled(model, **options))
+    found = lite_compile.calibrate(model, run, 0.02, out=tmp_path / "wan.toml", prompts=[0])
+    assert found.met == 1
+    assert found.density < 1
+    lite_compile.set_threshold(model, tmp_path / "wan.toml")
+    run(0)
+    assert lite_compile.load_calibration(tmp_path / "wan.toml").criterion == options.get("criterion", "max")
+
+
+@pytest.mark.parametrize("options", [{"exclude_layers": ["blocks.0.*"]}, {"dense_layers": ["blocks.0.*"]}])
+@pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
+def test_layers_that_the_options_leave_out(compile_model: Any, options: dict[str, Any], tmp_path: Path) -> None:
+    """The file serves the model under the same options."""
+    model = tiny_wan()
+    run = make_run(compile_model(model, **options))
+    found = lite_compile.calibrate(model, run, 0.02, out=tmp_path / "wan.toml", prompts=[0])
+    assert set(found.errors) == {"blocks.1.attn1"}
+    torch._dynamo.reset()
+    again = tiny_wan()
+    make_run(compile_model(again, threshold=tmp_path / "wan.toml", **options))(0)
+    assert lite_compile.stats(again).density < 1
 
 
 def test_the_share_can_be_replaced() -> None:
@@ -323,6 +350,11 @@ def test_errors_are_those_of_the_worst_batch_entry() -> None:
     assert attention_error(sparse, dense, "cosine") == pytest.approx(0, abs=1e-6)
     sparse[0] = -dense[0]
     assert attention_error(sparse, dense, "cosine") == pytest.approx(2, rel=1e-5)
+    near = dense + 1e-4 * torch.randn(dense.shape, generator=torch.Generator().manual_seed(1))
+    pairs = list(zip(near.double().flatten(1), dense.double().flatten(1), strict=True))
+    exact = [1 - (x @ y / (x.norm() * y.norm())) for x, y in pairs]
+    assert attention_error(near, dense, "cosine") == pytest.approx(float(max(exact)), rel=1e-3)  # 5e-9
+    assert attention_error(torch.zeros_like(dense), dense, "cosine") == 1
     sparse[0, 0, 0, 0] = math.nan
     for metric in ("l1", "rmse", "cosine"):
         assert attention_error(sparse, dense, metric) == math.inf
@@ -361,7 +393,7 @@ def attend_two_streams(handle: Callable[[str, AttendCall], None], step: int, sta
         (bits,) = struct.unpack("i", struct.pack("f", fraction))
         now = torch.tensor([1 + slot, step, slot, 1, bits], dtype=torch.int32)
         call = AttendCall(
-            attend_cpu, (q, k, v), state, now, 0.25, torch.tensor([math.nan]), TileShape(32, 32), torch.empty_like(q),
+            attend_cpu, (q, k, v), state, now, 0.25, torch.tensor([-1.0]), TileShape(32, 32), torch.empty_like(q),
             None, (), {}, 1 + slot, slot, fraction,
         )  # fmt: skip
         handle("x", call)

@@ -36,7 +36,7 @@ def write(path: Path, layers: tuple[str, ...] = LAYERS, threshold: float = -2.0,
     """A file for the tiny Wan."""
     made = fingerprint(tiny_wan())
     tables = {
-        "calibration": {"metric": "l1", "date": 'a "quoted" day', "met": 1.0},
+        "calibration": {"criterion": "max", "metric": "l1", "date": 'a "quoted" day', "met": 1.0},
         "model": {"class": made.name, "parameters": made.parameters, "digest": made.digest, **model},
     }
     nan = float("nan")
@@ -104,6 +104,10 @@ def test_another_file_compiles_nothing(tmp_path: Path, compile_model: Any) -> No
         (lambda text: text.replace("fractions =", "parts ="), r"\[trajectory\] has no list 'fractions'"),
         (lambda text: text.replace("thresholds =", "limits ="), "layer 'blocks.0.attn1' has no list 'thresholds'"),
         (lambda text: text.replace("[model]", "[modell]"), r"it has no table \[model\]"),
+        (
+            lambda text: text.replace('criterion = "max"', 'criterion = "min"'),
+            r"'criterion' .* is 'min', not one of max, mass",
+        ),
         (lambda text: text.replace("digest =", "hash ="), r"\[model\] lacks class, parameters or digest"),
         (lambda text: text[: text.index("[layers")] + "[layers]\n", r"\[layers\] is empty"),
     ],
@@ -197,3 +201,20 @@ def test_a_model_within_another_and_one_with_adapters_have_their_fingerprint(tmp
     expected = fingerprint(model)
     model.blocks[0].attn1.to_q = Adapted(model.blocks[0].attn1.to_q)
     assert fingerprint(model) == expected
+
+
+def test_thresholds_of_another_criterion_are_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "wan.toml")
+    message = "it was made under criterion='max', this model has 'mass'"
+    with pytest.raises(OptionValueError, match=message):
+        denoise(compiled(tiny_wan(), threshold=path, criterion="mass"), noise(0), [prompt(0)], 2)
+    model = tiny_wan()
+    run = compiled(model, criterion="mass")
+    lite_compile.set_threshold(model, path)  # nothing is known of the model yet
+    with pytest.raises(OptionValueError, match=message):
+        denoise(run, noise(0), [prompt(0)], 2)
+    model = tiny_wan()
+    run = compiled(model, criterion="mass")
+    denoise(run, noise(0), [prompt(0)], 2)
+    with pytest.raises(OptionValueError, match=message):
+        lite_compile.set_threshold(model, path)

@@ -141,7 +141,10 @@ WRONG_EXPLAIN = [
     ([f"{FACTORY}:make_wan", "-o", "threshold"], "--option is 'threshold'; allowed: NAME=VALUE"),
     ([f"{FACTORY}:make_wan", "-o", "treshold=-6"], "Did you mean 'threshold'?"),
     ([f"{FACTORY}:make_wan", "-o", "threshold=6"], "'threshold' is 6; allowed: a number <= 0"),
-    ([f"{FACTORY}:make_wan", "-o", "threshold={[]: 1}"], "'threshold' is '{[]: 1}' (str); allowed: a number <= 0"),
+    (
+        [f"{FACTORY}:make_wan", "-o", "threshold={[]: 1}"],
+        "'threshold' is '{[]: 1}': there is no such file; allowed: a file of",
+    ),
     (["..models:make"], "'..models' is no name of a module"),
 ]
 

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lite_compile.dropped_mass import dropped_mass
 from lite_compile.kernels.select_kernel import HOPPER, Kernel, hopper_obstacle, select_kernel
 from lite_compile.key_ranges import KeyRanges, find_key_tiles, hide_keys, range_table
-from lite_compile.ops import COMPUTED_TILE, HIDDEN_TILE, attend_reference, touched_tiles
+from lite_compile.ops import COMPUTED_TILE, CRITERIA, HIDDEN_TILE, attend_reference, touched_tiles
 from lite_compile.skip_state import TileShape, row_layout, state_shape, tile_count, unpack_bits
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -64,14 +64,15 @@ def exact(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor
 
 def attend(
     q: Tensor, k: Tensor, v: Tensor, state: Tensor, slot: int, threshold: float, scale: float, lse: bool = False,
-    key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton", kinds: Tensor | None = None,
+    key_bias: Tensor | None = None, protected: Sequence[int] = (), kernel: str = "triton", criterion: str = "max",
+    kinds: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     tile = chosen(kernel, q).tile
     now = torch.tensor([7, 0, slot, 1, 0], dtype=torch.int32, device="cuda")
     limit = torch.tensor(threshold, device="cuda")
     torch.empty_like(q).fill_(float("nan"))  # poison what the allocator may hand out as the output
     return torch.ops.lite_compile.attend(
-        q, k, v, state, now, scale, limit, tile.q, tile.k, True, lse, key_bias, protected, kernel, key_tiles=kinds
+        q, k, v, state, now, scale, limit, tile.q, tile.k, True, lse, key_bias, protected, kernel, criterion, kinds
     )
 
 
@@ -113,7 +114,8 @@ def test_nothing_skipped_is_as_exact_as_dense_attention(
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80)], ids=str)
-def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype, kernel: str) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype, kernel: str, criterion: str) -> None:
     """Word for word, but for tiles within rounding of the threshold, which are counted."""
     q, k, v = make(shape, dtype, sharpness=4.0)
     scale, threshold = q.shape[-1] ** -0.5, -8.0
@@ -124,8 +126,10 @@ def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype,
     k_tiles = tile_count(k.shape[2], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
-        out, _ = attend(q, k, v, state, 1, threshold, scale, kernel=kernel)
-        reference, _ = attend_reference(*doubles, expected, now, scale, torch.tensor(threshold), tile)
+        out, _ = attend(q, k, v, state, 1, threshold, scale, kernel=kernel, criterion=criterion)
+        reference, _ = attend_reference(
+            *doubles, expected, now, scale, torch.tensor(threshold), tile, criterion=criterion
+        )
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
         assert (ours != theirs).sum() <= 0.01 * ours.numel()
@@ -173,8 +177,9 @@ def test_key_bias_and_shared_heads_are_as_exact_as_dense_attention(
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("kind", ["infinite", "lowest", "finite", "none"])
 @pytest.mark.parametrize("shape", [(2, 2, 1024, 1024, 64), (2, 2, 1100, 1100, 128)], ids=str)
+@pytest.mark.parametrize("criterion", CRITERIA)
 def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
-    shape: tuple[int, ...], kind: str, dtype: torch.dtype, kernel: str
+    shape: tuple[int, ...], kind: str, dtype: torch.dtype, kernel: str, criterion: str
 ) -> None:
     q, k, v = make(shape, dtype, sharpness=4.0)
     k, v = k[:, :1], v[:, :1]
@@ -187,7 +192,8 @@ def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
     k_tiles = tile_count(shape[3], tile.k)
     start = row_layout(k_tiles).mask_start
     for _ in range(3):
-        out, _ = attend(q, k, v, state, 1, threshold, scale, key_bias=bias, protected=protected, kernel=kernel)
+        given = {"key_bias": bias, "protected": protected, "kernel": kernel, "criterion": criterion}
+        out, _ = attend(q, k, v, state, 1, threshold, scale, **given)  # type: ignore[arg-type]
         reference, _ = attend_reference(
             *doubles,
             expected,
@@ -197,6 +203,7 @@ def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
             tile,
             None if bias is None else bias.cpu(),
             protected,
+            criterion,
         )
         assert (out.cpu().double() - reference).norm() < 2e-2 * reference.norm()
         ours, theirs = (unpack_bits(s[1, ..., start:].cpu(), k_tiles) for s in (state, expected))
@@ -317,16 +324,17 @@ def test_oracle_detection(kernel: str) -> None:
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("threshold", [float("nan"), 0.5])
-def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float, kernel: str) -> None:
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_a_threshold_that_is_positive_or_nan_marks_nothing(threshold: float, kernel: str, criterion: str) -> None:
     q, k, v = make((1, 2, 1024, 1024, 64), torch.bfloat16, sharpness=4.0)
     state, tile = new_state(q, k, kernel)
     start = row_layout(tile_count(1024, tile.k)).mask_start
-    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel, criterion=criterion)
     assert not state[0, ..., start:].any()
-    attend(q, k, v, state, 0, -8.0, 0.125, kernel=kernel)
+    attend(q, k, v, state, 0, -8.0, 0.125, kernel=kernel, criterion=criterion)
     marked = state[0, ..., start:].clone()
     assert marked.any()
-    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel)
+    attend(q, k, v, state, 0, threshold, 0.125, kernel=kernel, criterion=criterion)
     assert torch.equal(state[0, ..., start:], marked)
 
 

@@ -148,3 +148,24 @@ def test_scratch_is_one_buffer_of_tensors_that_do_not_overlap() -> None:
     assert all(part.start % ALIGNMENT == 0 for part in scratch.parts)
     in_use = [(x, address) for x, address in zip(tensors, scratch.addresses(buffer), strict=True) if x.numel()]
     assert all(x.data_ptr() == address for x, address in in_use)
+
+
+def test_a_plan_of_variants_compiled_for_other_plans_is_not_ready_until_all_are() -> None:
+    """A kernel that is not compiled yet has to be given tensors: of an address Triton would make an integer."""
+    from lite_compile.kernels.attend_hopper import _plan
+
+    def plan(keys: int, has_kinds: bool) -> Any:
+        shapes = torch.Size((1, 1, 8, 64)), torch.Size((1, 1, keys, 64))
+        return _plan(*shapes, torch.bfloat16, 99, 1, None, False, (), None, "max", has_kinds)
+
+    long, short = 128 * 2**15 + 1, 128 * 65 + 1
+    for compiled in (plan(long, False), plan(short, True)):
+        for each in (compiled.list_visits, compiled.queue_programs, compiled.attend, compiled.record_visits):
+            each.ready = True
+        assert compiled.ready
+    both = plan(long, True)
+    assert both.attend.ready
+    assert both.record_visits.ready
+    assert not both.ready
+    both.list_visits.ready = True
+    assert both.ready
