@@ -1,10 +1,10 @@
 """Attention on Hopper GPUs that skips the key tiles its state marks, in Gluon: one warp loads, three groups compute.
 
 `ops.attend_reference` is the specification. A call is four launches: `list_visits` expands the skip bits into a list
-of tiles per program, `queue_programs` says which programs come first, the kernel here computes attention over the lists
-and notes which tiles mattered, and `record_visits` packs the notes into bits. Each consumer owns 64 query rows: while
-one of them is in its softmax, the tensor cores work for the others. The producer streams K and V through a ring of two
-stages in shared memory.
+of tiles per program, `queue_programs` says which programs come first (left out where the lists are short), the kernel
+here computes attention over the lists and notes which tiles mattered, and `record_visits` packs the notes into bits.
+Each consumer owns 64 query rows: while one of them is in its softmax, the tensor cores work for the others. The
+producer streams K and V through a ring of two stages in shared memory.
 """
 
 from __future__ import annotations

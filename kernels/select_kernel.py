@@ -105,6 +105,7 @@ def _missing(wanted: str, device: torch.device, *known: str) -> str | None:
     return f"allowed on {device.type}: 'auto', {', '.join(map(repr, known))}"
 
 
+@functools.cache
 def cuda_kernel(name: str) -> Callable[..., None]:
     """The function that launches a kernel; raises `ValueError` if there is none of that name."""
     base, _, qk_dtype = name.partition("-")

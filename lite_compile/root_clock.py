@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from torch._dynamo import eval_frame
 from torch.utils._pytree import tree_leaves
 
-from .clock import RESET, advance, clock_words, identify
+from .advance_clock import ClockAdvance, ClockRules
+from .clock import RESET, clock_words, identify
 from .layer_state import versions
 from .module_contents import ModuleContents, module_tensors
 from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
@@ -31,7 +32,7 @@ from .overrides import latest_override, touching_override
 from .passes.find_attention import is_made_up
 from .passes.find_clock_inputs import JOINT_LATENT_NAMES, LATENT_NAMES, TIMESTEP_NAMES
 from .passes.graph_inputs import special_kind
-from .trajectory import UNKNOWN, DenseSteps
+from .trajectory import UNKNOWN
 
 RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
 """A module, the frame of a call of it, and the arguments of that call."""
@@ -68,9 +69,9 @@ class RootCall:
     """`latest_override()` when the call began."""
     number: int = field(default_factory=lambda: next(_numbers))
 
-    def clock(self, max_streams: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int) -> RootClock:
-        """The root's clock for that many streams, those dense steps and refreshes."""
-        return self.root.clock(max_streams, len(self.arguments.conditions), device, dense_steps, refresh_every)
+    def clock(self, rules: ClockRules) -> RootClock:
+        """The root's clock that follows these rules."""
+        return self.root.clock(len(self.arguments.conditions), rules)
 
     @property
     def module(self) -> nn.Module:
@@ -86,15 +87,14 @@ class RootCall:
 class RootClock:
     """A clock outside of the graphs, and where the current call stands by it."""
 
-    def __init__(
-        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
-    ) -> None:
-        self._max_streams, self._dense_steps, self._refresh_every = max_streams, dense_steps, refresh_every
+    def __init__(self, conditions: int, rules: ClockRules) -> None:
+        self._advance = ClockAdvance(rules)
         self._call = 0
         self._identified: dict[tuple[int, ...], tuple[list[Any], Tensor]] = {}
         with torch.inference_mode(False):
-            self.clock = torch.zeros(clock_words(max_streams, conditions), dtype=torch.int32, device=device)
-            self.now = dense_now(device)
+            words = clock_words(rules.max_streams, conditions)
+            self.clock = torch.zeros(words, dtype=torch.int32, device=rules.device)
+            self.now = dense_now(rules.device)
 
     def read(self, call: RootCall) -> Tensor:
         """int32 `[NOW_WORDS]`: where `call` stands. Advances the clock when the call asks for the first time."""
@@ -104,10 +104,7 @@ class RootClock:
             given = call.arguments
             with torch.inference_mode(False), torch.no_grad():
                 latents, conditions = (list(map(_usable, x)) for x in (given.latents, given.conditions))
-                t = given.timestep
-                timestep = _usable(t) if isinstance(t, Tensor) else torch.full((1,), float(t), device=self.clock.device)
-                rules = (self._max_streams, self._dense_steps, self._refresh_every)
-                now = advance(self.clock, latents, timestep, conditions, *rules)
+                now = self._advance(self.clock, latents, _usable(given.timestep), conditions)
                 self.now.copy_(now)
         return self.now
 
@@ -136,13 +133,11 @@ class Root:
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
 
-    def clock(
-        self, max_streams: int, conditions: int, device: torch.device, dense_steps: DenseSteps, refresh_every: int
-    ) -> RootClock:
-        """The clock for that many streams and conditioning inputs, those dense steps and refreshes."""
-        key = (max_streams, conditions, device, *dense_steps.key, refresh_every)
+    def clock(self, conditions: int, rules: ClockRules) -> RootClock:
+        """The clock for that many conditioning inputs that follows these rules."""
+        key = (conditions, *rules.key)
         if key not in self._clocks:
-            self._clocks[key] = RootClock(max_streams, conditions, device, dense_steps, refresh_every)
+            self._clocks[key] = RootClock(conditions, rules)
         return self._clocks[key]
 
     def enter(self, module: nn.Module, frame: FrameType, args: Sequence[Any], kwargs: dict[str, Any]) -> None:

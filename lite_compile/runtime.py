@@ -14,6 +14,7 @@ import sympy
 import torch
 from torch import Tensor, fx
 
+from .advance_clock import ClockRules
 from .announce import tell_steps
 from .clock import RESET
 from .clock_source import ClockSource
@@ -134,6 +135,8 @@ class StateInputs:
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
     criterion: str = "max"
+    compile_clock: bool = False
+    """Whether a clock outside of the graph is compiled."""
 
 
 class StatefulGraph:
@@ -158,7 +161,10 @@ class StatefulGraph:
         self._max_streams, self._device, self._source = state.max_streams, state.device, state.source
         self._names, self._history, self._probe = state.names, state.history, state.probe
         self._thresholds = state.thresholds
-        self._dense_steps, self._refresh_every = state.dense_steps, state.refresh_every
+        self._dense_steps = state.dense_steps
+        self._clock_rules = ClockRules(
+            state.max_streams, state.device, state.dense_steps, state.refresh_every, state.compile_clock
+        )
         self._dense_layers, self._ranges = state.dense_layers, state.ranges
         self._no_ranges = range_table(NO_RANGES).to(state.device)
         self._criterion = state.criterion
@@ -240,7 +246,7 @@ class StatefulGraph:
             binding.void()
         if call is None:
             return self._dense
-        root = call.clock(self._max_streams, self._device, self._dense_steps, self._refresh_every)
+        root = call.clock(self._clock_rules)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))

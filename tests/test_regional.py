@@ -19,8 +19,8 @@ from torch._dynamo.utils import counters
 
 import lite_compile
 from lite_compile import root_clock
+from lite_compile.advance_clock import ClockRules
 from lite_compile.layer_state import layer_states
-from lite_compile.trajectory import NONE_DENSE
 
 PROMPTS = [prompt(0), prompt(1)]
 
@@ -430,7 +430,7 @@ def test_conditioning_that_the_clock_cannot_read_leaves_blocks_dense(kind: str) 
 
 def test_a_mask_written_to_under_inference_mode_is_read_anew() -> None:
     """Nobody counts what is written to such a tensor."""
-    clock = root_clock.RootClock(1, 1, DEVICE, NONE_DENSE, 0)
+    clock = root_clock.RootClock(1, ClockRules(1, DEVICE))
     with torch.inference_mode():
         mask = torch.zeros(1, 8, device=DEVICE)
         before = clock.identify([mask]).clone()
