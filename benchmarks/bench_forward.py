@@ -1,7 +1,7 @@
 """Time of one forward of Wan-shaped transformers (random weights) with imposed skip masks, next to Inductor with cuDNN.
 
-`python benchmarks/bench_forward.py [--model 1.3b 14b] [--json FILE]`. Blocks are compiled one by one in both cases
-(`compile_repeated_blocks`), which compiles in seconds; needs diffusers and an NVIDIA GPU.
+`python benchmarks/bench_forward.py [--model 1.3b 14b] [--compile whole blocks] [--json FILE]`. Both are compiled alike:
+the whole model, or blocks one by one (`compile_repeated_blocks`), which takes seconds. Needs diffusers and a GPU.
 """
 
 from __future__ import annotations
@@ -90,18 +90,26 @@ def timed(call: Callable[[], object]) -> float:
     return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(events))
 
 
+def compile_model(model: WanTransformer3DModel, part: str, **kwargs: Any) -> None:
+    """Compile the `whole` model or its `blocks`, in place."""
+    if part == "whole":
+        model.compile(fullgraph=True, **kwargs)
+    else:
+        model.compile_repeated_blocks(fullgraph=True, **kwargs)
+
+
 @torch.no_grad()
-def measure(name: str) -> Iterator[dict[str, Any]]:
+def measure(name: str, part: str) -> Iterator[dict[str, Any]]:
     """One row per skipped share."""
     shape = MODELS[name]
     model, steps = make_model(shape), trajectory(shape)
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        model.compile_repeated_blocks(fullgraph=True)
+        compile_model(model, part)
         dense = timed(lambda: model(**next(steps)))
         expected = model(**next(trajectory(shape))).sample
     torch._dynamo.reset()
     model = make_model(shape)
-    model.compile_repeated_blocks(backend="liteattention", fullgraph=True, options={"threshold": -float("inf")})
+    compile_model(model, part, backend="liteattention", options={"threshold": -float("inf")})
     steps = trajectory(shape)
     result = model(**next(steps)).sample
     error = float((result - expected).norm() / expected.norm())
@@ -111,7 +119,8 @@ def measure(name: str) -> Iterator[dict[str, Any]]:
         density = lite_compile.stats(model).density
         assert abs(density - (1 - share)) < 1e-3, f"density {density}, imposed {1 - share}"
         yield {
-            "model": name, "layers": shape["layers"], "skipped": share, "ms": ms, "inductor_cudnn_ms": dense,
+            "model": name, "compiled": part, "layers": shape["layers"], "skipped": share, "ms": ms,
+            "inductor_cudnn_ms": dense,
             "error_with_nothing_skipped": error, "kernel": lite_compile.report().rewritten[-1].kernel,
             "state_bytes_of_all_layers": shape["of"] * layer_states(model)[0].state.nbytes,
         }  # fmt: skip
@@ -121,16 +130,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument("--model", nargs="+", choices=list(MODELS), default=list(MODELS))
+    parser.add_argument(
+        "--compile", nargs="+", choices=("whole", "blocks"), default=["whole"], help="default: the whole model"
+    )
     arguments = parser.parse_args()
     rows = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
-    print(f"{'model':>5} {'kernel':>8} {'skipped':>8} {'ms':>8} {'Inductor + cuDNN':>17} {'speed-up':>9} {'error':>8}")
-    for name in arguments.model:
-        for row in measure(name):
+    print(
+        f"{'model':>10} {'compiled':>8} {'kernel':>8} {'skipped':>8} {'ms':>8} {'Inductor + cuDNN':>17} "
+        f"{'speed-up':>9} {'error':>8}"
+    )
+    for name, part in itertools.product(arguments.model, arguments.compile):
+        for row in measure(name, part):
             rows.append(row)
             print(
-                f"{name:>5} {row['kernel']:>8} {row['skipped']:8.3f} {row['ms']:8.1f} {row['inductor_cudnn_ms']:17.1f} "
-                f"{row['inductor_cudnn_ms'] / row['ms']:9.2f} {row['error_with_nothing_skipped']:8.1e}",
+                f"{name:>10} {part:>8} {row['kernel']:>8} {row['skipped']:8.3f} {row['ms']:8.1f} "
+                f"{row['inductor_cudnn_ms']:17.1f} {row['inductor_cudnn_ms'] / row['ms']:9.2f} "
+                f"{row['error_with_nothing_skipped']:8.1e}",
                 flush=True,
             )
         print(f"      state of all layers, 4 streams: {rows[-1]['state_bytes_of_all_layers'] / 1e6:.0f} MB")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -49,14 +49,14 @@ class Generation:
         for clock in self._clocks:
             self._write(clock)
 
-    def covers(self, anchor: Tensor) -> bool:
-        """Whether this generation speaks for the model that parameter `anchor` belongs to.
+    def covers(self, anchor: int) -> bool:
+        """Whether this generation speaks for the model that the parameter with id `anchor` belongs to.
 
         One that names no model speaks for all that its own thread runs.
         """
         if self._parameters is None:
             return self._thread == threading.get_ident()
-        return id(anchor) in self._parameters
+        return anchor in self._parameters
 
     def attach(self, clock: Tensor) -> None:
         """Keep `clock` up to date from now on."""
@@ -142,15 +142,16 @@ def read_announced(
     return now.to(torch.int32)
 
 
-def active_generation(anchors: Sequence[Tensor]) -> Generation | None:
-    """The innermost active generation that covers one of `anchors`, parameters of a model; or None."""
+def active_generation(anchors: Iterable[int]) -> Generation | None:
+    """The innermost active generation that covers one of `anchors`, ids of parameters of a model; or None."""
+    anchors = list(anchors)
     with _lock:
         covering = [g for g in _active if any(map(g.covers, anchors))]
         return covering[-1] if covering else None
 
 
-def tell_steps(anchor: Tensor, clock: Tensor) -> None:
-    """Let `clock` know how many steps the active generation of the model has that parameter `anchor` belongs to."""
+def tell_steps(anchor: int, clock: Tensor) -> None:
+    """Let `clock` know how many steps the active generation has, of the model with the parameter of that id."""
     generation = active_generation([anchor])
     if generation is not None:
         generation.tell_steps(clock)

@@ -24,7 +24,7 @@ from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
-from .passes.graph_inputs import NESTED, copy_graph, fake_value, placeholders, real_parameters
+from .passes.graph_inputs import NESTED, copy_graph, fake_value, forget_arguments, placeholders, real_parameters
 from .passes.insert_ranges import insert_ranges
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
@@ -63,7 +63,9 @@ def liteattention(
         return compile_inner(gm, example_inputs, settings)
     added = placeholders(rewritten.graph)[len(example_inputs) :]
     compiled = compile_inner(rewritten, [*example_inputs, *map(fake_value, added)], settings)
-    return StatefulGraph(compiled, rewritten.graph, state)
+    stateful = StatefulGraph(compiled, rewritten.graph, state)
+    forget_arguments(rewritten.graph)
+    return stateful
 
 
 def rewrite_or_leave(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule, StateInputs | None, GraphReport]:
@@ -151,7 +153,7 @@ def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[C
     root = find_root() if unreadable is None else ""
     if not isinstance(root, str):
         return ClockSource.ROOT, describe_root(root)
-    if active_generation(real_parameters(graph.graph)) is not None:
+    if active_generation(map(id, real_parameters(graph.graph))) is not None:
         return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
     return None, "; ".join(filter(None, (inputs, root)))
 

@@ -7,19 +7,21 @@ import operator
 import threading
 import weakref
 from collections.abc import Hashable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from .layer_state import Binding
+from .lifetime import Watch
 
 MAX_BINDINGS = 16
 """Graphs and models that share a first layer and keep their states; beyond that the least recently used is dropped."""
 MAX_RECENT = 512
 """Models that one graph finds without a search."""
 
-_by_first_tensor: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+_by_first_tensor: dict[int, tuple[Watch, list[Binding]]] = {}
+"""By the id of the first tensor, for as long as that lives."""
 _lock = threading.RLock()
 _calls = itertools.count(1)
 
@@ -56,7 +58,7 @@ def find_binding(graph_key: Hashable, tensors: Sequence[Tensor], words: int, dev
         words: length of the clock.
     """
     with _lock:
-        candidates: list[Binding] = _by_first_tensor.setdefault(tensors[0], [])  # models may share their first layer
+        candidates = _candidates(tensors[0])  # models may share their first layer
         found = next((binding for binding in candidates if binding.serves(graph_key, tensors)), None)
         rewrites = 0
         if found is not None:
@@ -73,3 +75,19 @@ def find_binding(graph_key: Hashable, tensors: Sequence[Tensor], words: int, dev
         living.sort(key=operator.attrgetter("last_call"))
         candidates[:] = [*living[-MAX_BINDINGS + 1 :], found]  # the least recently used go
         return found
+
+
+def _candidates(first: Tensor) -> list[Binding]:
+    """The bindings that begin with that tensor, to be changed in place."""
+    watch, found = _by_first_tensor.get(id(first), (None, []))
+    if watch is None or not watch.is_of(first):
+        found = []
+        _by_first_tensor[id(first)] = Watch(first, partial(_drop, id(first))), found
+    return found
+
+
+def _drop(first: int, reference: object) -> None:
+    # By the time that this runs the id may be another tensor's.
+    watch, _ = _by_first_tensor.get(first, (None, []))
+    if watch is not None and not watch.alive:
+        _by_first_tensor.pop(first, None)

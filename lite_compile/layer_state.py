@@ -2,7 +2,7 @@
 
 A compiled graph serves many modules (parameters are graph inputs), and a module may be compiled several times, under
 other options or with other constants. State therefore belongs to one set of parameters and buffers *and* one graph
-text: a `Binding`. Compiling the same text again finds the same state. Parameters are held weakly: it dies with them.
+text: a `Binding`. Compiling the same text again finds the same state. Parameters are not held: it dies with them.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from .announce import active_generation
 from .density_history import history_shape, probe_shape
 from .key_ranges import NO_RANGES, KeyRanges
+from .lifetime import Watch
 from .mask_watch import MaskWatch
 from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
@@ -72,7 +73,8 @@ class Binding:
         self._graph_key = graph_key
         self._ids = [id(tensor) for tensor in tensors]  # good for as long as none of them is gone
         expire = partial(_expire, weakref.ref(self))
-        self._tensors = [weakref.ref(tensor, expire) for tensor in tensors]
+        self._watches = [Watch(tensor, expire) for tensor in tensors]
+        self._swappable = any(watch.by_companion for watch in self._watches)
         self._versions = versions(tensors)
         self.expired = False
         """Whether a tensor is gone: its id may come back as another one's."""
@@ -106,7 +108,9 @@ class Binding:
 
     def consists_of(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the parameters and buffers that identify the model."""
-        return not self.expired and list(map(id, tensors)) == self._ids
+        if self.expired or list(map(id, tensors)) != self._ids:
+            return False
+        return not self._swappable or all(w.is_of(x) for w, x in zip(self._watches, tensors, strict=True))
 
     def unchanged(self, tensors: Sequence[Tensor]) -> bool:
         """Whether none of them was written to since (a fused LoRA, a prompt in a buffer)."""
@@ -114,7 +118,7 @@ class Binding:
 
     def belongs_to(self, parameters: set[int]) -> bool:
         """Whether the model has one of these parameters or buffers (by id)."""
-        return any((tensor := ref()) is not None and id(tensor) in parameters for ref in self._tensors)
+        return not parameters.isdisjoint(self.ids())
 
     def is_part_of(self, model: nn.Module) -> bool:
         """Whether all that identifies the model is in `model`."""
@@ -148,7 +152,7 @@ class Binding:
 
     def listen(self) -> None:
         """Let the user's active `generation`, if it covers this model, drive the clock."""
-        anchor = self._tensors[0]()
+        anchor = self.ids()[0]
         generation = None if anchor is None else active_generation([anchor])
         if generation is not None:
             generation.attach(self.clock)
@@ -159,9 +163,9 @@ class Binding:
         self._states.clear()
         self._latest = None, []
 
-    def tensors(self) -> list[Tensor | None]:
-        """The parameters and buffers that identify the model, the weights of the graph's layers first."""
-        return [ref() for ref in self._tensors]
+    def ids(self) -> list[int | None]:
+        """Of the parameters and buffers that identify the model, those of layers first; None for one that is gone."""
+        return [number if watch.alive else None for number, watch in zip(self._ids, self._watches, strict=True)]
 
     def all_states(self) -> list[LayerState]:
         """The states for all shapes, the most recently used shape first."""
@@ -170,7 +174,7 @@ class Binding:
 
     def check_ranges(self, ranges: KeyRanges) -> None:
         """Raise `OptionValueError` if ranges that are to be set do not fit the graph or its layers."""
-        before = [override.ranges for override in overrides_of(self.tensors())]
+        before = [override.ranges for override in overrides_of(self.ids())]
         combined = combine_ranges(self.default_ranges, [ranges, *before])
         check_lengths(combined, [(state.layer, state.spec.k_len) for state in self.all_states()])
 

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .layer_state import versions
+from .lifetime import Watch
 
 
 class ModuleContents:
@@ -24,7 +25,8 @@ class ModuleContents:
         owned, inner = _read(modules)
         self._owned, self._inner = list(map(id, owned)), list(map(id, inner))
         tensors = [x for x in owned if x is not None]
-        self._tensors = [weakref.ref(x, forget) for x in {id(x): x for x in tensors}.values()]
+        self._watches = {id(x): Watch(x, forget) for x in tensors}
+        self._swappable = any(watch.by_companion for watch in self._watches.values())
         self._versions = versions(tensors)
 
     def unchanged(self) -> bool:
@@ -37,7 +39,10 @@ class ModuleContents:
         owned, inner = _read(modules)
         if list(map(id, owned)) != self._owned or list(map(id, inner)) != self._inner:
             return False
-        return versions([x for x in owned if x is not None]) == self._versions
+        tensors = [x for x in owned if x is not None]
+        if self._swappable and not all(self._watches[id(x)].is_of(x) for x in tensors):
+            return False
+        return versions(tensors) == self._versions
 
 
 def module_tensors(module: nn.Module) -> list[Tensor]:

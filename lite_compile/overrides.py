@@ -53,9 +53,9 @@ def latest_override() -> int:
     return _latest
 
 
-def overrides_of(tensors: Iterable[Tensor | None]) -> Iterator[Override]:
-    """The overrides of all models that have each of these parameters and buffers, the latest first."""
-    wanted = {id(tensor) for tensor in tensors}
+def overrides_of(tensors: Iterable[int | None]) -> Iterator[Override]:
+    """The overrides of all models that have each of these parameters and buffers (by id), the latest first."""
+    wanted = set(tensors)
     for owned, found in _owners():
         if wanted <= owned:
             yield found
@@ -91,14 +91,14 @@ class ThresholdsInForce:
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
     def update(
-        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[Tensor | None]], number: int,
+        self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[int | None]], number: int,
         exact: frozenset[str] = frozenset(),
     ) -> bool:  # fmt: skip
         """Write the table if it is not what a call should see; whether masks made under other thresholds may exist.
 
         Args:
             default: what holds without an override.
-            tensors: gives the parameters and buffers of the graph; asked only if something was set since.
+            tensors: gives the ids of the parameters and buffers of the graph; asked only if something was set since.
             number: `latest_override()` when the call of the model began; later ones wait for the next call.
             exact: names of layers that skip nothing, whatever the threshold.
         """
@@ -134,7 +134,7 @@ class RangesInForce:
         self.table: Tensor | None = None
         """int32, see `key_ranges.range_table`; its address stays as it is."""
 
-    def update(self, default: KeyRanges, tensors: Callable[[], Iterable[Tensor | None]], number: int) -> bool:
+    def update(self, default: KeyRanges, tensors: Callable[[], Iterable[int | None]], number: int) -> bool:
         """As `ThresholdsInForce.update`. `default` also says which kinds the graph can be told."""
         if number == self._number:
             return False

@@ -320,18 +320,20 @@ def describe_root(found: RootFrame) -> str:
 
 
 def full_names(
-    module: nn.Module, layers: Sequence[str], paths: Sequence[tuple[str, ...]], weights: Sequence[Tensor | None]
+    module: nn.Module, layers: Sequence[str], paths: Sequence[tuple[str, ...]], weights: Sequence[int | None]
 ) -> list[str]:
     """Names of layers in `module`, given their names in a part of it.
 
     Args:
         paths: attributes that lead from that part to each layer's weight.
-        weights: the weights themselves, of which `module` knows the full names.
+        weights: ids of the weights, of which `module` knows the full names.
     """
-    owned = {id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)}
+    owned: dict[int | None, str] = {
+        id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)
+    }
     names = []
     for layer, path, weight in zip(layers, paths, weights, strict=False):
-        parts = owned.get(id(weight), "").replace("_orig_mod.", "").split(".")
+        parts = owned.get(weight, "").replace("_orig_mod.", "").split(".")
         part = parts[: -len(path)] if path and tuple(parts[-len(path) :]) == path else []
         tail = [] if part and is_made_up(layer) and layer != path[0] else [layer]
         names.append(".".join((*part, *tail)))

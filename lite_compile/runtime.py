@@ -218,13 +218,13 @@ class StatefulGraph:
         binding.thresholds.criterion = self._criterion
         rule, names = self._dense_layers, binding.names or self._layer_names
         exact = rule if isinstance(rule, frozenset) else _choose_layers(rule, self._names, layers)
-        return binding.thresholds.update(self._thresholds, names, binding.tensors, number, exact)
+        return binding.thresholds.update(self._thresholds, names, binding.ids, number, exact)
 
     def _follow_ranges(self, binding: Binding, number: int) -> bool:
         if not self._ranges.any:
             return False
         binding.default_ranges = self._ranges
-        return binding.ranges.update(self._ranges, binding.tensors, number)
+        return binding.ranges.update(self._ranges, binding.ids, number)
 
     def _range_table(self, binding: Binding, specs: tuple[LayerSpec, ...]) -> Tensor:
         """The table of the ranges, none for layers that the options exclude."""
@@ -235,7 +235,7 @@ class StatefulGraph:
         return table
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
-        anchor = binding.tensors()[0] if self._dense_steps.count_last else None
+        anchor = binding.ids()[0] if self._dense_steps.count_last else None
         if anchor is not None:
             tell_steps(anchor, clock)
 
@@ -249,7 +249,7 @@ class StatefulGraph:
         root = call.clock(self._clock_rules)
         if binding.clock is not root.clock:
             layers = [layer for layer, _ in self._layers]
-            binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.tensors()))
+            binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.ids()))
             call.root.add_layers(call.module, binding.names)
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.

@@ -168,6 +168,15 @@ def append_input(graph: fx.Graph, name: str, value: torch.Tensor) -> fx.Node:
     return node
 
 
+def forget_arguments(graph: fx.Graph) -> None:
+    """Drop what Dynamo notes about the arguments of the first call; it also drops its own, of the original graph.
+
+    Weak references to parameters are among it, under which modules could not move those of tensor subclasses.
+    """
+    for node in placeholders(graph):
+        node.meta.pop("grapharg", None)
+
+
 def copy_graph(gm: fx.GraphModule) -> fx.GraphModule:
     """A copy whose graph may be rewritten. The fake values are shared, the sources of the inputs are kept."""
     graph = fx.Graph()
