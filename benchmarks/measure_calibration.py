@@ -43,7 +43,7 @@ from lite_compile.calibration.generations import Generations
 from lite_compile.calibration.replay import Replay, mean_density
 from lite_compile.schedule import Thresholds
 
-SHARES = {"default": default_share, "flat": lambda fraction: 1.0, "falling": lambda fraction: 1 - 0.75 * fraction}
+SHARES = {"default": default_share, "flat": lambda position: 1.0, "falling": lambda position: 1 - 0.75 * position}
 Prompt = tuple[str, int]
 """A prompt and its seed."""
 
@@ -73,10 +73,11 @@ class Measurement:
             video = self._generations.observe(prompt, replay)
             found["psnr"].append(float(psnr(dense, video, (0, 1))))
             found["density"].append(mean_density(replay.densities()))
-            for fraction, error in [entry for steps in replay.errors.values() for entry in steps.items()]:
+            errors = [(layer, *entry) for layer, steps in replay.errors.items() for entry in steps.items()]
+            for layer, fraction, error in errors:
                 assert budget is not None
                 count += 1
-                kept += error <= budget.at(fraction)
+                kept += error <= budget.at(fraction, layer)
                 within += error <= budget.target
         if budget is not None:
             found |= {"layer_steps": count, "within_budget": kept / count, "within_target": within / count}
@@ -191,7 +192,7 @@ def main() -> None:
         start = time.perf_counter()
         found = lite_compile.calibrate(model, run, target, prompts=given, share=share)
         row = {"calibration_seconds": time.perf_counter() - start, "calibration_met": found.met, "cost": found.cost}
-        row |= measurement.rows(found.thresholds, Budget(target, "l1", share))
+        row |= measurement.rows(found.thresholds, found.budget)
         row["against_constant"] = compare(row, constants)
         calibrated[target] = row
         say(f"l1 {target:g}", row)
@@ -201,6 +202,7 @@ def main() -> None:
         found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
         assert found.quality is not None
         row = {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
+        row["layer_shares"] = dict(found.budget.layers)
         row |= measurement.rows(found.thresholds, None)
         row["share_met"] = sum(value >= target for value in row["psnr"]) / len(row["psnr"])
         row["against_constant"] = compare(row, constants)

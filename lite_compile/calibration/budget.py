@@ -1,21 +1,22 @@
-"""Which error a layer may make at which point of the trajectory."""
+"""Which error a layer may make at which step."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from .points import interpolate
 
 Share = Callable[[float], float]
 
 
-def default_share(fraction: float) -> float:
-    """The step's share of `target_error`: 0.25 at the first step, rising with the root of the noise that is gone to 1.
+def default_share(position: float) -> float:
+    """The step's share of `target_error`: 0.05 at the first step, rising straight to 1 at the last.
 
-    An error of an early step is carried through all later ones, one of the last step through none. The root is there
-    because schedules with a strong shift take half of their steps before a tenth of the noise is gone.
+    An error of an early step is carried through all later ones, one of the last step through none. Positions count
+    steps rather than noise, since samplers place their steps where the result is decided.
     """
-    return 0.25 + 0.75 * math.sqrt(fraction)
+    return 0.05 + 0.95 * position
 
 
 @dataclass(frozen=True)
@@ -25,16 +26,29 @@ class Budget:
     Attributes:
         target: largest error, in units of the metric.
         metric: one of `attention_error.METRICS`.
-        share: of a fraction of the trajectory, 0 to 1: the share of `target` that counts there, above 0, at most 1.
+        share: of a step's position (0: the first, 1: the last): the share of `target` that counts there, above 0, at
+            most 1.
+        steps: fractions of the trajectory at which the run has its steps, rising. None given: fractions are positions.
+        layers: a further factor by layer, above 0, at most 1; 1 for all others.
     """
 
     target: float
     metric: str
     share: Share = default_share
+    steps: tuple[float, ...] = ()
+    layers: Mapping[str, float] = field(default_factory=dict)
 
-    def at(self, fraction: float) -> float:
-        """The largest error at a fraction of the trajectory."""
-        share = self.share(fraction)
+    def share_at(self, fraction: float) -> float:
+        """The share of `target` that counts at a fraction of the trajectory."""
+        position = fraction
+        if len(self.steps) > 1:
+            last = len(self.steps) - 1
+            position = interpolate({f: i / last for i, f in enumerate(self.steps)}, fraction)
+        share = self.share(position)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
-            raise ValueError(f"share({fraction:g}) is {share!r}; allowed: a number above 0, at most 1")
-        return self.target * share
+            raise ValueError(f"share({position:g}) is {share!r}; allowed: a number above 0, at most 1")
+        return share
+
+    def at(self, fraction: float, layer: str = "") -> float:
+        """The largest error of a layer at a fraction of the trajectory."""
+        return self.target * self.share_at(fraction) * self.layers.get(layer, 1.0)

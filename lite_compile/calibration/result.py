@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..decisions import format_table
+from .budget import Budget
 from .calibration_file import CalibratedThresholds
+from .points import Points
 from .replay import mean_density
-from .search import Points
 
 
 @dataclass(frozen=True)
@@ -40,8 +41,8 @@ class Calibration:
     """What the option `threshold` and `set_threshold` take."""
     metric: str
     target_error: float
-    budget: dict[float, float]
-    """Error allowed at each fraction of the trajectory that was measured."""
+    budget: Budget
+    """The error allowed at each fraction of the trajectory, and of each layer."""
     errors: Points
     """By layer and fraction: the worst over prompts, guidance streams and batch entries."""
     densities: Points
@@ -59,15 +60,17 @@ class Calibration:
     @property
     def met(self) -> float:
         """Share of the layers' steps whose error is within their budget, 0 to 1."""
-        checks = [error <= self.budget[f] for steps in self.errors.values() for f, error in steps.items()]
+        entries = ((layer, f, error) for layer, steps in self.errors.items() for f, error in steps.items())
+        checks = [error <= self.budget.at(f, layer) for layer, f, error in entries]
         return sum(checks) / len(checks) if checks else 1.0
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "threshold first", "last", "worst error", "budget there", "density")]
         for layer, schedule in self.thresholds.layers:
             steps = self.errors.get(layer, {})
-            worst = max(steps, key=lambda f: steps[f] / self.budget[f]) if steps else math.nan
-            measured = (f"{steps[worst]:.2e}", f"{self.budget[worst]:.2e}") if steps else ("-", "-")
+            allowed = {f: self.budget.at(f, layer) for f in steps}
+            worst = max(steps, key=lambda f: steps[f] / allowed[f]) if steps else math.nan
+            measured = (f"{steps[worst]:.2e}", f"{allowed[worst]:.2e}") if steps else ("-", "-")
             density = mean_density({layer: self.densities.get(layer, {})})
             ends = (f"{schedule.thresholds[0]:.1f}", f"{schedule.thresholds[-1]:.1f}")
             rows.append((layer, *ends, *measured, f"{density:.3f}"))

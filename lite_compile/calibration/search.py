@@ -12,7 +12,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor
 from .attention_error import attention_error
 from .budget import Budget
 from .intercept import AttendCall
+from .points import Points
 
 FLOOR = -30.0
 """The most careful candidate: what it skips weighs nothing, and unlike -inf it can be interpolated."""
@@ -32,8 +33,6 @@ BELOW = (-3.0, -1.0, 0.0)
 SLOPE = 0.5
 """log2 of the error per log2 unit of threshold where nothing was measured."""
 
-Points = dict[str, dict[float, float]]
-"""By layer, a number per fraction of the trajectory."""
 Cap = Callable[[str, float], float]
 
 
@@ -78,11 +77,10 @@ class ThresholdSearch:
         self._streams: dict[tuple[int, int], _Stream] = {}
         self._candidates: dict[tuple[str, float], list[float]] = {}
         self._centre: dict[str, float] = {}
-        self.kernel_calls, self.calls = 0, 0
-        """How often attention was computed, and how often it was asked for."""
+        self.kernel_calls = 0
+        """How often attention was computed."""
 
     def __call__(self, layer: str, call: AttendCall) -> None:
-        self.calls += 1
         self.layers[layer] = call.criterion
         if not call.uses_state:
             call.attend(call.threshold)
@@ -128,7 +126,7 @@ class ThresholdSearch:
         found = self.found.setdefault(layer, {})
         limit = found.get(stream.fraction, 0.0)  # what another stream of that step, or generation of this run, found
         options = [option for i, option in enumerate(stream.options) if i == 0 or option.threshold <= limit]
-        budget = self._budget.at(call.fraction) * self._margin
+        budget = self._budget.at(call.fraction, layer) * self._margin
         dense = call.attend_densely(torch.empty_like(call.out))
         self.kernel_calls += 1
         errors: dict[int, float] = {}
@@ -197,27 +195,3 @@ class ThresholdSearch:
         for option in stream.options:
             bits = option.rows[..., start:]
             bits.copy_((bits & ~had) | has)
-
-
-def strictest(runs: Sequence[Points]) -> Points:
-    """The most careful threshold of several generations at each fraction that any of them has."""
-    combined: Points = {}
-    for layer in dict.fromkeys(layer for run in runs for layer in run):
-        known = [run[layer] for run in runs if run.get(layer)]
-        fractions = sorted({fraction for points in known for fraction in points})
-        combined[layer] = {f: min(interpolate(points, f) for points in known) for f in fractions}
-    return combined
-
-
-def interpolate(points: Mapping[float, float], fraction: float) -> float:
-    """Straight between two points; beyond the ends the nearest one counts."""
-    fractions = sorted(points)
-    if fraction <= fractions[0] or len(fractions) == 1:
-        return points[fractions[0]]
-    if fraction >= fractions[-1]:
-        return points[fractions[-1]]
-    for a, b in itertools.pairwise(fractions):
-        if a <= fraction <= b:
-            weight = (fraction - a) / (b - a)
-            return points[a] * (1 - weight) + points[b] * weight
-    raise AssertionError("not reached: fractions are sorted")
