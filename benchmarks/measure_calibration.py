@@ -73,11 +73,10 @@ class Measurement:
             video = self._generations.observe(prompt, replay)
             found["psnr"].append(float(psnr(dense, video, (0, 1))))
             found["density"].append(mean_density(replay.densities()))
-            errors = [(layer, *entry) for layer, steps in replay.errors.items() for entry in steps.items()]
-            for layer, fraction, error in errors:
+            for fraction, error in [entry for steps in replay.errors.values() for entry in steps.items()]:
                 assert budget is not None
                 count += 1
-                kept += error <= budget.at(fraction, layer)
+                kept += error <= budget.at(fraction)
                 within += error <= budget.target
         if budget is not None:
             found |= {"layer_steps": count, "within_budget": kept / count, "within_target": within / count}
@@ -202,7 +201,6 @@ def main() -> None:
         found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
         assert found.quality is not None
         row = {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
-        row["layer_shares"] = dict(found.budget.layers)
         row |= measurement.rows(found.thresholds, None)
         row["share_met"] = sum(value >= target for value in row["psnr"]) / len(row["psnr"])
         row["against_constant"] = compare(row, constants)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from .points import interpolate
 
@@ -29,17 +29,15 @@ class Budget:
         share: of a step's position (0: the first, 1: the last): the share of `target` that counts there, above 0, at
             most 1.
         steps: fractions of the trajectory at which the run has its steps, rising. None given: fractions are positions.
-        layers: a further factor by layer, above 0, at most 1; 1 for all others.
     """
 
     target: float
     metric: str
     share: Share = default_share
     steps: tuple[float, ...] = ()
-    layers: Mapping[str, float] = field(default_factory=dict)
 
-    def share_at(self, fraction: float) -> float:
-        """The share of `target` that counts at a fraction of the trajectory."""
+    def at(self, fraction: float) -> float:
+        """The largest error at a fraction of the trajectory."""
         position = fraction
         if len(self.steps) > 1:
             last = len(self.steps) - 1
@@ -47,8 +45,4 @@ class Budget:
         share = self.share(position)
         if isinstance(share, bool) or not isinstance(share, int | float) or not 0 < share <= 1:
             raise ValueError(f"share({position:g}) is {share!r}; allowed: a number above 0, at most 1")
-        return share
-
-    def at(self, fraction: float, layer: str = "") -> float:
-        """The largest error of a layer at a fraction of the trajectory."""
-        return self.target * self.share_at(fraction) * self.layers.get(layer, 1.0)
+        return self.target * share

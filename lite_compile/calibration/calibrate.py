@@ -25,14 +25,13 @@ from .budget import Budget, Share, default_share
 from .calibration_file import CalibratedThresholds, LayerColumn, write_calibration
 from .fingerprint import fingerprint
 from .generations import Generations
-from .influence import InfluenceSearch
 from .journal import Journal
 from .points import Points, interpolate, strictest
 from .replay import Replay
 from .result import Calibration, Quality
 from .search import FLOOR, ThresholdSearch
 from .survey import Survey
-from .target import DenseResults, QualityTarget, ScaleSearch, calibration_prompt
+from .target import QualityTarget, ScaleSearch
 
 MARGIN = 0.8
 """Share of the budget that the search aims at: other prompts and seeds err a little more."""
@@ -75,8 +74,7 @@ def calibrate(
         prompts: whatever `run` takes; the most careful thresholds over all of them count.
         share: of a step's position in the run (0 the first, 1 the last): the share of `target_error` that it may use.
         target_psnr: dB. Instead of `target_error`: the sparsest thresholds under which what `run` returns (a tensor, an
-            array, images or an output of diffusers) is as close to a dense generation. Layers whose errors weigh
-            more in the result get less of the budget then.
+            array, images or an output of diffusers) is as close to a dense generation.
         target_ssim: likewise, 0 to 1.
         held_out: prompts that the result is measured on for `target_psnr` and `target_ssim`.
         value_range: least and largest value of what `run` returns, for PSNR and SSIM. None: 0 to 255 for 8 bits, else
@@ -123,18 +121,14 @@ class _Phases:
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
-        layers = self._survey()
+        self._survey()
         reached = None
         if quality is None:
             points, slopes = self._search(self._prompts)
             points, errors, densities = self._repair(points, slopes)
         else:
-            dense = DenseResults(self._generations, quality.given_range)
-            scales = ScaleSearch(quality, self._generations, dense, self._journal)
-            scales.check_repeatable(self._prompts[0])
-            self._weigh(layers, dense)
             points, slopes = self._search(self._prompts[:SEARCHED])
-            points, reached = self._meet(scales, quality, points, slopes, held_out)
+            points, reached = self._meet(quality, points, slopes, held_out)
             errors, densities = self._replay(points, "final")
         thresholds = self._thresholds(points)
         fractions = sorted({f for steps in (*points.values(), *errors.values()) for f in steps} | {0.0, 1.0})
@@ -146,26 +140,18 @@ class _Phases:
             save_calibration(calibration, path, fractions, len(self._prompts))
         return calibration
 
-    def _survey(self) -> list[str]:
-        """Look at the steps of a dense generation; the layers that may skip."""
+    def _survey(self) -> None:
+        """See in a dense generation where the run has its steps."""
         survey = Survey()
 
         def look() -> dict[str, Any]:
             self._generations.observe(self._prompts[0], survey)
-            return {"steps": survey.steps, "layers": list(survey.layers), "calls": survey.calls}
+            return {"steps": survey.steps, "calls": survey.calls}
 
         result = self._journal.once("survey", look)
         self._budget = replace(self._budget, steps=tuple(result["steps"]))
         self._calls = result["calls"]
         self._attentions += self._calls
-        return list(result["layers"])
-
-    def _weigh(self, layers: Sequence[str], dense: DenseResults) -> None:
-        """Give the layers shares of the budget by what their errors do to the result of the first prompt."""
-        search = InfluenceSearch(self._budget, self._generations, dense, self._journal)
-        shares = search.shares(layers, self._prompts[0], calibration_prompt(0))
-        self._budget = replace(self._budget, layers=shares)
-        self._attentions += self._calls * (search.runs + 1)  # each layer is computed densely as well once
 
     def _search(self, prompts: Sequence[Any]) -> tuple[Points, dict[str, float]]:
         """Thresholds that keep the budget in each prompt's generation, and the layers' slopes."""
@@ -208,7 +194,7 @@ class _Phases:
         """Replay the thresholds; where a layer breaks its budget, make what leads there more careful and try again."""
         for attempt in range(REPAIRS + 1):
             errors, densities = self._replay(points, f"replay {attempt}")
-            broken = {layer: self._excess(layer, steps) for layer, steps in errors.items()}
+            broken = {layer: self._excess(steps) for layer, steps in errors.items()}
             if attempt == REPAIRS or not any(ratio > 1 for ratio, _ in broken.values()):
                 break
             for layer, (ratio, last) in broken.items():
@@ -217,9 +203,9 @@ class _Phases:
                     points[layer] = {f: max(FLOOR, t - less) if f < last else t for f, t in points[layer].items()}
         return points, errors, densities
 
-    def _excess(self, layer: str, steps: dict[float, float]) -> tuple[float, float]:
+    def _excess(self, steps: dict[float, float]) -> tuple[float, float]:
         """Largest ratio of error and budget, and the last fraction where the budget is broken."""
-        ratios = {fraction: error / self._budget.at(fraction, layer) for fraction, error in steps.items()}
+        ratios = {fraction: error / self._budget.at(fraction) for fraction, error in steps.items()}
         return max(ratios.values()), max((f for f, ratio in ratios.items() if ratio > 1), default=0.0)
 
     def _replay(self, points: Points, name: str) -> tuple[Points, Points]:
@@ -248,7 +234,7 @@ class _Phases:
         return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
 
     def _meet(
-        self, search: ScaleSearch, target: QualityTarget, points: Points, slopes: dict[str, float], held_out: list[Any]
+        self, target: QualityTarget, points: Points, slopes: dict[str, float], held_out: list[Any]
     ) -> tuple[Points, Quality]:
         """Thresholds scaled until generations meet the target, and how close they come."""
 
@@ -261,7 +247,8 @@ class _Phases:
                 for layer, steps in points.items()
             }
 
-        x, values = search.find(self._prompts, lambda x: self._thresholds(scaled(x)))
+        search = ScaleSearch(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
+        x, values = search.find(self._prompts)
         others = []
         for number, prompt in enumerate(progress(held_out, "held-out prompts")):
             name = f"held-out prompt {number}"
@@ -304,8 +291,7 @@ def save_calibration(calibration: Calibration, path: Path, fractions: Sequence[f
     for layer, schedule in calibration.thresholds.layers:
         measured = (calibration.errors.get(layer, {}), calibration.densities.get(layer, {}))
         errors, densities = (tuple(steps.get(f, math.nan) for f in fractions) for steps in measured)
-        share = calibration.budget.layers.get(layer, 1.0)
-        layers[layer] = LayerColumn(share, tuple(schedule.at(f) for f in fractions), errors, densities)
+        layers[layer] = LayerColumn(tuple(schedule.at(f) for f in fractions), errors, densities)
     write_calibration(path, tables, fractions, [calibration.budget.at(f) for f in fractions], layers)
 
 

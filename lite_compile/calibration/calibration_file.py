@@ -165,8 +165,6 @@ def _bad(source: str, why: str) -> OptionValueError:
 class LayerColumn:
     """What the file says of one layer, one number per fraction; NaN where nothing was measured."""
 
-    share: float
-    """Of the budget: what the layer may use of it."""
     thresholds: tuple[float, ...]
     errors: tuple[float, ...]
     densities: tuple[float, ...]
@@ -195,22 +193,21 @@ def write_calibration(
         "", "[trajectory]",
         "# Share of the noise that is gone: 0 is the first step, 1 the end. All lists below have one entry for each.",
         f"fractions = {_value(list(fractions))}",
-        "# Error of a layer's attention output that is allowed there, times the layer's own share.",
+        "# Error of a layer's attention output that is allowed there: its share of target_error.",
         f"budget = {_value(list(budget))}", "",
-        "# share: of the budget; less than 1 for layers whose errors weigh more in the result.",
         "# thresholds: log2 units, <= 0; what a step marks by them is skipped from the next step on.",
         "# errors: worst measured in a generation under these thresholds, in units of the metric; nan: no step there.",
         "# densities: share of the tiles of QK^T that were computed; nan: no step there.",
     ]  # fmt: skip
     for layer, column in layers.items():
-        lines += ["", f"[layers.{json.dumps(layer)}]", *(f"{k} = {_value(v)}" for k, v in vars(column).items())]
+        lines += ["", f"[layers.{json.dumps(layer)}]", *(f"{k} = {_value(list(v))}" for k, v in vars(column).items())]
     partial = path.with_name(f"{path.name}.part")
     partial.write_text("\n".join(lines) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
 def _value(value: Any) -> str:
-    if isinstance(value, list | tuple):
+    if isinstance(value, list):
         return f"[{', '.join(map(_value, value))}]"
     if isinstance(value, bool) or not isinstance(value, float):
         return json.dumps(value)  # strings and integers are the same in TOML

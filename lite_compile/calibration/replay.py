@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Container
-
 import torch
 from torch import Tensor
 
@@ -20,11 +18,9 @@ class Replay:
     Thresholds are read as compiled graphs read them. Neither the option nor an override of the model is touched.
     """
 
-    def __init__(
-        self, thresholds: Thresholds | None, metric: str | None = None, measured: Container[str] | None = None
-    ) -> None:
-        """`thresholds` None: dense. `metric`: measure errors (of those `measured`), which costs a dense attention."""
-        self._thresholds, self._metric, self._measured = thresholds, metric, measured
+    def __init__(self, thresholds: Thresholds | None, metric: str | None = None) -> None:
+        """`thresholds` None: dense. `metric`: measure the error of each call; costs a dense attention."""
+        self._thresholds, self._metric = thresholds, metric
         self._tables: dict[str, Tensor] = {}
         self.errors: Points = {}
         """The worst over guidance streams and batch entries."""
@@ -38,7 +34,7 @@ class Replay:
             self._tables[layer] = threshold_table(self._thresholds, (layer,)).to(call.state.device)
         call.attend(read_thresholds(self._tables[layer], call.now))
         self._densities.setdefault(layer, {}).setdefault(call.fraction, []).append(call.density())
-        if self._metric is not None and (self._measured is None or layer in self._measured):
+        if self._metric is not None:
             lse = None if call.lse is None else call.lse.clone()
             dense = call.attend_densely(torch.empty_like(call.out))
             if call.lse is not None and lse is not None:

@@ -42,7 +42,7 @@ class Calibration:
     metric: str
     target_error: float
     budget: Budget
-    """The error allowed at each fraction of the trajectory, and of each layer."""
+    """The error allowed at each fraction of the trajectory."""
     errors: Points
     """By layer and fraction: the worst over prompts, guidance streams and batch entries."""
     densities: Points
@@ -60,15 +60,14 @@ class Calibration:
     @property
     def met(self) -> float:
         """Share of the layers' steps whose error is within their budget, 0 to 1."""
-        entries = ((layer, f, error) for layer, steps in self.errors.items() for f, error in steps.items())
-        checks = [error <= self.budget.at(f, layer) for layer, f, error in entries]
+        checks = [error <= self.budget.at(f) for steps in self.errors.values() for f, error in steps.items()]
         return sum(checks) / len(checks) if checks else 1.0
 
     def __str__(self) -> str:
         rows: list[tuple[str, ...]] = [("layer", "threshold first", "last", "worst error", "budget there", "density")]
         for layer, schedule in self.thresholds.layers:
             steps = self.errors.get(layer, {})
-            allowed = {f: self.budget.at(f, layer) for f in steps}
+            allowed = {f: self.budget.at(f) for f in steps}
             worst = max(steps, key=lambda f: steps[f] / allowed[f]) if steps else math.nan
             measured = (f"{steps[worst]:.2e}", f"{allowed[worst]:.2e}") if steps else ("-", "-")
             density = mean_density({layer: self.densities.get(layer, {})})

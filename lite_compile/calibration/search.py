@@ -126,7 +126,7 @@ class ThresholdSearch:
         found = self.found.setdefault(layer, {})
         limit = found.get(stream.fraction, 0.0)  # what another stream of that step, or generation of this run, found
         options = [option for i, option in enumerate(stream.options) if i == 0 or option.threshold <= limit]
-        budget = self._budget.at(call.fraction, layer) * self._margin
+        budget = self._budget.at(call.fraction) * self._margin
         dense = call.attend_densely(torch.empty_like(call.out))
         self.kernel_calls += 1
         errors: dict[int, float] = {}

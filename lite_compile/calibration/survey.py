@@ -1,4 +1,4 @@
-"""What a generation consists of, seen in a dense one: its steps, and the layers that may skip."""
+"""Where a run has its steps, seen in a dense generation."""
 
 from __future__ import annotations
 
@@ -10,8 +10,6 @@ class Survey:
 
     def __init__(self) -> None:
         self._fractions: set[float] = set()
-        self.layers: dict[str, int] = {}
-        """Calls by layer, of those that may use a state, in the order in which they ran."""
         self.calls = 0
 
     def __call__(self, layer: str, call: AttendCall) -> None:
@@ -19,8 +17,6 @@ class Survey:
         self.calls += 1
         if call.fraction >= 0:
             self._fractions.add(call.fraction)
-        if call.uses_state:
-            self.layers[layer] = self.layers.get(layer, 0) + 1
 
     @property
     def steps(self) -> list[float]:

@@ -52,44 +52,27 @@ class QualityTarget:
         return statistics.mean(finite) - spread >= self.value
 
 
-class DenseResults:
-    """What dense generations return, each computed once."""
-
-    def __init__(self, generations: Generations, given_range: tuple[float, float] | None) -> None:
-        self._generations, self._given_range = generations, given_range
-        self._known: dict[str, tuple[Tensor, float]] = {}
-
-    def of(self, prompt: Any, name: str) -> tuple[Tensor, float]:
-        """The result for a prompt, and the width of its range of values; `name` tells the prompt from others."""
-        if name not in self._known:
-            result = self._generations.observe(prompt, Replay(None))
-            output = read_output(result)
-            self._known[name] = (output, value_range(result, output, self._given_range))
-        return self._known[name]
-
-
-def calibration_prompt(number: int) -> str:
-    """What `DenseResults` calls one of the prompts to calibrate on."""
-    return f"calibration prompt {number}"
-
-
 class ScaleSearch:
     """Finds the largest scale of the budget under which the generations of all prompts meet the target."""
 
-    def __init__(self, target: QualityTarget, generations: Generations, dense: DenseResults, journal: Journal) -> None:
-        self._target, self._generations, self._dense, self._journal = target, generations, dense, journal
-        self._thresholds: Callable[[float], Any] = lambda x: None
+    def __init__(
+        self, target: QualityTarget, generations: Generations, thresholds: Callable[[float], Any], journal: Journal
+    ) -> None:
+        """`thresholds(log2 of the scale)` are those to try."""
+        self._target, self._generations = target, generations
+        self._thresholds, self._journal = thresholds, journal
+        self._dense: dict[str, tuple[Tensor, float]] = {}
         self.runs = 0
         """Generations of calibration prompts, those of an earlier attempt included."""
 
-    def find(self, prompts: Sequence[Any], thresholds: Callable[[float], Any]) -> tuple[float, list[float]]:
-        """log2 of the scale, and the quality of each prompt's generation under `thresholds(log2 of the scale)`.
+    def find(self, prompts: Sequence[Any]) -> tuple[float, list[float]]:
+        """log2 of the scale, and the quality of each prompt's generation under it.
 
         Raises:
-            ValueError: no scale that was tried meets the target.
+            ValueError: two dense generations differ, or no scale that was tried meets the target.
         """
-        self._thresholds = thresholds
-        self.runs += len(prompts) - 1  # their dense results
+        self._check_repeatable(prompts[0])
+        self.runs = 1 + len(prompts)
         passed: tuple[float, list[float]] | None = None
         failed: float | None = None
         x, move = 0.0, FIRST_MOVE
@@ -119,7 +102,7 @@ class ScaleSearch:
         """Quality per prompt, up to the first that fails."""
         values: list[float] = []
         for number, prompt in enumerate(prompts):
-            name = calibration_prompt(number)
+            name = f"calibration prompt {number}"
             values.append(self._journal.once(f"scale {trial}, {name}", partial(self.measure, prompt, name, x)))
             self.runs += 1
             if values[-1] < self._target.value:
@@ -128,16 +111,23 @@ class ScaleSearch:
 
     def measure(self, prompt: Any, name: str, x: float) -> float:
         """Quality of one generation at a scale; `name` tells the prompt from others."""
-        dense = self._dense.of(prompt, name)
+        dense = self.dense(prompt, name)
         replay = Replay(self._thresholds(x))
         return self._target.measure(self._generations.observe(prompt, replay), dense)
 
-    def check_repeatable(self, prompt: Any) -> None:
-        """Raise `ValueError` if two dense generations of the first prompt differ."""
-        self.runs += 2
+    def dense(self, prompt: Any, name: str) -> tuple[Tensor, float]:
+        """A dense generation of the prompt, and the width of its range of values."""
+        if name not in self._dense:
+            result = self._generations.observe(prompt, Replay(None))
+            output = read_output(result)
+            self._dense[name] = (output, value_range(result, output, self._target.given_range))
+        return self._dense[name]
+
+    def _check_repeatable(self, prompt: Any) -> None:
+        name = "calibration prompt 0"
 
         def agreement() -> float:
-            dense = self._dense.of(prompt, calibration_prompt(0))
+            dense = self.dense(prompt, name)
             return self._target.measure(self._generations.observe(prompt, Replay(None)), dense)
 
         value = self._journal.once("agreement", agreement)

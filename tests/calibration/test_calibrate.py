@@ -90,7 +90,6 @@ def test_the_budget_is_kept_when_the_model_follows_the_thresholds(metric: str) -
         for key, error in replayed_errors(model, run, number, metric).items():
             worst[key] = max(worst.get(key, 0.0), error)
     budget = Budget(target, metric, steps=tuple(step / STEPS for step in range(STEPS)))
-    assert dict(found.budget.layers) == {}
     for (layer, step), error in worst.items():
         assert error <= budget.at(step / STEPS) + 1e-6, (layer, step)
         # What was reported is what an independent computation finds.
@@ -360,6 +359,14 @@ def test_errors_are_those_of_the_worst_batch_entry() -> None:
         assert attention_error(sparse, dense, metric) == math.inf
         assert attention_error(torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), metric) == 0
         assert attention_error(torch.ones(1, 1, 2, 2), torch.zeros(1, 1, 2, 2), metric) == math.inf
+
+
+def test_positions_are_those_of_the_steps() -> None:
+    budget = Budget(1.0, "l1", steps=(0.0, 0.01, 0.1, 0.6))
+    assert [budget.at(f) for f in (0.0, 0.01, 0.1, 0.6, 1.0)] == [default_share(i / 3) for i in (0, 1, 2, 3, 3)]
+    assert budget.at(0.055) == pytest.approx(default_share(0.5))
+    for steps in ((), (0.0,)):
+        assert Budget(1.0, "l1", steps=steps).at(0.3) == default_share(0.3)
 
 
 def test_heads_in_parts_give_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,7 +41,7 @@ def write(path: Path, layers: tuple[str, ...] = LAYERS, threshold: float = -2.0,
     }
     nan = float("nan")
     columns = {
-        name: LayerColumn(1.0, (-float("inf"), threshold - 1, threshold), (0.0, 1e-5, nan), (1.0, 0.5, nan))
+        name: LayerColumn((-float("inf"), threshold - 1, threshold), (0.0, 1e-5, nan), (1.0, 0.5, nan))
         for name in layers
     }
     write_calibration(path, tables, FRACTIONS, (0.1, 0.2, 0.3), columns)
