@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..decisions import format_table
+from ..step_errors import StepErrors
 from .calibration_file import CalibratedThresholds
 from .replay import mean_density
 from .search import Points
@@ -55,6 +56,12 @@ class Calibration:
     def density(self) -> float:
         """Mean over layers and steps."""
         return mean_density(self.densities)
+
+    @property
+    def step_errors(self) -> StepErrors:
+        """Errors and budget as `plot` and `save_report` take them."""
+        source = "calibration" if self.path is None else f"calibration {str(self.path)!r}"
+        return StepErrors.from_points(self.metric, self.errors, self.budget, source)
 
     @property
     def met(self) -> float:
