@@ -6,6 +6,7 @@ from .attention_capture import AttentionCall, capture_attention
 from .backend import liteattention
 from .calibration.calibrate import calibrate
 from .calibration.calibration_file import CalibratedThresholds, load_calibration
+from .calibration.measure_errors import measure_errors
 from .calibration.result import Calibration
 from .control import generation, reset, set_ranges, set_threshold
 from .decisions import Reason, Report, SiteReport, clear_report, report
@@ -19,6 +20,7 @@ from .passes.spelling_registry import register_spelling, unregister_spelling
 from .plots import plot, plot_attention
 from .run_report import save_report
 from .schedule import Schedule
+from .step_errors import StepErrors
 
 __all__ = [
     "AttentionCall",
@@ -35,6 +37,7 @@ __all__ = [
     "SiteReport",
     "Spelling",
     "Stats",
+    "StepErrors",
     "StreamStats",
     "UnsupportedAttentionError",
     "calibrate",
@@ -44,6 +47,7 @@ __all__ = [
     "generation",
     "liteattention",
     "load_calibration",
+    "measure_errors",
     "plan",
     "plot",
     "plot_attention",

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from html import escape
 
 from .decisions import SiteReport
+from .in_force import FRACTIONS
 from .layer_stats import StreamStats
 from .run_record import RunRecord, Setting
 from .svg_charts import bar_chart, heat_map, line_chart
@@ -51,7 +52,7 @@ def render_html(record: RunRecord) -> str:
     title = escape(record.title)
     body = (
         f'<h1>{title}</h1><p class="m">liteattention, {escape(record.created)}</p>{_cards(record)}{_density(record)}'
-        f"{_dropped(record)}{_time(record)}{_sites(record)}{_settings(record)}{_environment(record)}"
+        f"{_dropped(record)}{_thresholds(record)}{_errors(record)}{_time(record)}{_sites(record)}{_settings(record)}{_environment(record)}"
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -134,6 +135,44 @@ def _dropped(record: RunRecord) -> str:
     ]
     summary = "<summary>As numbers, with the query that loses most</summary>"
     return _section("Dropped mass", f"{content}<details>{summary}{_table(header, numbers)}</details>")
+
+
+def _thresholds(record: RunRecord) -> str:
+    known = record.in_force
+    if not known.thresholds and not known.ranges:
+        return ""
+    content = ""
+    if known.thresholds:
+        content += (
+            "<p>In log2 units along the trajectory, as the last call of each layer followed them, whether the options "
+            "or <code>set_threshold</code> said so.</p>"
+        )
+        header = ["layer", *(f"at {fraction:.0%}" for fraction in FRACTIONS), "given by"]
+        rows = [
+            [*map(escape, (row.layer, *row.values)), f"<code>{escape(row.given)}</code>"] for row in known.thresholds
+        ]
+        content += _table(header, rows, wide=(len(header) - 1,))
+    if known.ranges:
+        rows = [[escape(name), f"<code>{escape(value)}</code>"] for name, value in known.ranges]
+        content += "<p>Ranges of keys that were followed:</p>" + _table(["", ""], rows, wide=(1,))
+    return _section("Thresholds" if known.thresholds else "Ranges of keys", content)
+
+
+def _errors(record: RunRecord) -> str:
+    errors = record.in_force.errors
+    if errors is None or not errors.layers:
+        return ""
+    highest = max((error for error in errors.worst if error is not None), default=0.0)
+    met = "" if errors.met is None else f" {errors.met:.1%} of them are within their budget."
+    content = (
+        f"<p>{escape(errors.metric)} error of each layer's attention output against dense attention of the same q, k "
+        f'and v, the worst of all streams and prompts ({escape(errors.source)}): nothing <span class="key"></span> '
+        f"{highest:.2e}.{met} Hollow cells used no state.</p>"
+    )
+    chart = heat_map(errors.layers, f"{errors.metric} error per step", highest or 1.0, ".2e")
+    header, *rows = ([escape(cell) for cell in row] for row in errors.rows())
+    summary = "<summary>As numbers, by fraction of the trajectory</summary>"
+    return _section("Error per step", f"{content}{_scroll(chart)}<details>{summary}{_table(header, rows)}</details>")
 
 
 def _time(record: RunRecord) -> str:

@@ -90,6 +90,11 @@ class ThresholdsInForce:
         self.table: Tensor | None = None
         """float32 `[layers, COLUMNS]`; its address stays as it is."""
 
+    @property
+    def thresholds(self) -> Thresholds | None:
+        """Those that the last call followed, which read `layers`; None before the first."""
+        return self._thresholds
+
     def update(
         self, default: Thresholds, layers: tuple[str, ...], tensors: Callable[[], Iterable[int | None]], number: int,
         exact: frozenset[str] = frozenset(),
@@ -133,6 +138,11 @@ class RangesInForce:
         self._checked: Sequence[object] | None = None
         self.table: Tensor | None = None
         """int32, see `key_ranges.range_table`; its address stays as it is."""
+
+    @property
+    def ranges(self) -> KeyRanges | None:
+        """Those that the last call followed; None before the first."""
+        return self._ranges
 
     def update(self, default: KeyRanges, tensors: Callable[[], Iterable[int | None]], number: int) -> bool:
         """As `ThresholdsInForce.update`. `default` also says which kinds the graph can be told."""

@@ -13,7 +13,11 @@ from typing import Any, Literal
 from torch import Tensor, nn
 
 from .attention_capture import AttentionCall, attention_map, given_attention
+from .calibration.calibration_file import CalibratedThresholds
+from .calibration.result import Calibration
 from .layer_stats import Stats, StreamStats, stats
+from .plot_errors import draw_errors, errors_to_draw
+from .step_errors import StepErrors
 
 COMPUTED, SKIPPED = "#20466b", "#eceff3"
 """Colours of density 1 and 0."""
@@ -37,16 +41,17 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def plot(
-    model: nn.Module | Stats | None = None, *, show: Literal["density", "dropped_mass"] = "density",
-    path: Path | None = None,
+    model: nn.Module | Stats | StepErrors | Calibration | CalibratedThresholds | None = None, *,
+    show: Literal["density", "dropped_mass", "error"] | None = None, path: Path | None = None,
 ) -> Any:  # fmt: skip
     """Heat map: one row per layer, one column per step of the current generation, one panel per stream.
 
     Args:
-        show: "density", the share of the tiles that a step computed (option `history`), or "dropped_mass", the share of
-            the softmax that it skipped, mean over the sampled queries (option `probe`).
-        model: the denoiser, compiled or not, with that option; what `lite_compile.stats` returned; or None for
-            all models of the process.
+        model: the denoiser, compiled or not; what `lite_compile.stats` returned; None for all models of the process;
+            or errors: what `measure_errors`, `calibrate` or `load_calibration` returned.
+        show: "density", the share of the tiles that a step computed (option `history`); "dropped_mass", the share of
+            the softmax that it skipped, mean over the sampled queries (option `probe`); or "error", of each layer at
+            each step, of a model those of the calibration that it follows. None: "error" for errors, else "density".
         path: also save the picture there; the ending says the format.
 
     Returns:
@@ -56,9 +61,18 @@ def plot(
         ValueError: there is nothing of that kind to draw.
         ImportError: matplotlib is not installed.
     """
+    has_errors = isinstance(model, StepErrors | Calibration | CalibratedThresholds)
+    show = ("error" if has_errors else "density") if show is None else show
+    if show not in ("density", "dropped_mass", "error"):
+        raise ValueError(f"show is {show!r}; allowed: 'density', 'dropped_mass', 'error'")
+    if show == "error":
+        errors = errors_to_draw(model)
+        figure = new_figure(9.6, 2.2 + 0.22 * min(len(errors.layers), 60))
+        draw_errors(figure, errors, _draw_steps)
+        return _finish(figure, path)
+    if isinstance(model, StepErrors | Calibration | CalibratedThresholds):
+        raise ValueError(f"show is {show!r}; allowed for {type(model).__name__}: 'error'")
     found = model if isinstance(model, Stats) else stats(model)
-    if show not in ("density", "dropped_mass"):
-        raise ValueError(f"show is {show!r}; allowed: 'density', 'dropped_mass'")
     option, name = ("history", "density history") if show == "density" else ("probe", "dropped mass")
     recorded = [stream for stream in found.streams if (stream.history if show == "density" else stream.dropped_mass)]
     if not recorded:
@@ -75,7 +89,8 @@ def plot(
             image = _draw_densities(axes, entries)
             title = f"mean of the last step {_last_mean(entries)}"
         else:
-            image = _draw_steps(axes, entries, [_masses(entry) for entry in entries], "magma_r", highest or 1.0)
+            layers, rows = [entry.layer for entry in entries], [_masses(entry) for entry in entries]
+            image = _draw_steps(axes, layers, rows, "magma_r", highest or 1.0)
             most = max((entry[1] for s in entries for entry in s.dropped_mass if entry is not None), default=0.0)
             title = f"most of any sampled query {most:.1e}"
         axes.set_title(f"stream {stream}: {title}", fontsize=10, loc="left")
@@ -151,20 +166,21 @@ def _draw_densities(axes: Any, entries: Sequence[StreamStats]) -> Any:
     from matplotlib.colors import LinearSegmentedColormap
 
     colours = LinearSegmentedColormap.from_list("density", [SKIPPED, COMPUTED])
-    return _draw_steps(axes, entries, [[math.nan if d is None else d for d in s.history] for s in entries], colours, 1)
+    rows = [[math.nan if density is None else density for density in entry.history] for entry in entries]
+    return _draw_steps(axes, [entry.layer for entry in entries], rows, colours, 1)
 
 
-def _draw_steps(axes: Any, entries: Sequence[StreamStats], rows: list[list[float]], colours: Any, most: float) -> Any:
+def _draw_steps(axes: Any, layers: Sequence[str], rows: list[list[float]], colours: Any, most: float) -> Any:
     """Values per layer and step from 0 to `most`; NaN is left white."""
     steps = max(map(len, rows))
     padded = [row + [math.nan] * (steps - len(row)) for row in rows]
     image = axes.imshow(
         padded, cmap=colours, vmin=0, vmax=most, aspect="auto", interpolation="nearest",
-        extent=(0.5, steps + 0.5, len(entries) - 0.5, -0.5),
+        extent=(0.5, steps + 0.5, len(layers) - 0.5, -0.5),
     )  # fmt: skip
-    every = math.ceil(len(entries) / MAX_LABELS)
-    labels = range(0, len(entries), every)
-    axes.set_yticks(labels, [entries[number].layer for number in labels], fontsize=7)
+    every = math.ceil(len(layers) / MAX_LABELS)
+    labels = range(0, len(layers), every)
+    axes.set_yticks(labels, [layers[number] for number in labels], fontsize=7)
     axes.set_xlabel("denoising step")
     axes.xaxis.get_major_locator().set_params(integer=True)
     return image

@@ -15,9 +15,11 @@ from torch import nn
 from .control import check_model
 from .decisions import GraphReport, Reason, Report, SiteReport, report
 from .environment import describe_environment
+from .in_force import InForce, LayerThresholds, in_force
 from .layer_state import layer_states
 from .layer_stats import Stats, StreamStats, stats
 from .options import Options
+from .step_errors import StepErrors
 
 FORMAT, VERSION = "lite-compile run", 1
 
@@ -49,6 +51,8 @@ class RunRecord:
     """Memory of all skip states, also of other shapes."""
     step_seconds: tuple[float, ...]
     """What the user measured per step; empty if unknown."""
+    in_force: InForce = InForce((), (), None)
+    """Thresholds and ranges that the last calls followed, and errors: measured by the user, or by the calibration."""
 
     @property
     def steps(self) -> int:
@@ -57,8 +61,9 @@ class RunRecord:
 
 
 def collect_record(
-    model: nn.Module | None = None, *, title: str | None = None, step_seconds: Sequence[float] = ()
-) -> RunRecord:
+    model: nn.Module | None = None, *, title: str | None = None, step_seconds: Sequence[float] = (),
+    errors: StepErrors | None = None,
+) -> RunRecord:  # fmt: skip
     """The state of `model` (None: of all models) now, and what was compiled in this process."""
     states = layer_states(check_model(model))
     decided = report()
@@ -67,6 +72,11 @@ def collect_record(
     seconds = list(step_seconds)
     if not all(isinstance(s, int | float) and math.isfinite(s) and s >= 0 for s in seconds):
         raise ValueError(f"step_seconds is {seconds!r}; allowed: seconds per step, finite numbers >= 0")
+    if errors is not None and not isinstance(errors, StepErrors):
+        raise TypeError(
+            f"errors is {errors!r} ({type(errors).__name__}); allowed: what measure_errors returns, or None"
+        )
+    known = in_force(model)
     return RunRecord(
         title=title,
         created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -76,6 +86,7 @@ def collect_record(
         stats=stats(model),
         state_bytes=sum(state.state.nbytes for state in states),
         step_seconds=tuple(map(float, seconds)),
+        in_force=known if errors is None else known._replace(errors=errors),
     )
 
 
@@ -98,6 +109,8 @@ def to_json(record: RunRecord) -> str:
         "environment": record.environment, "graphs": graphs,
         "streams": [asdict(stream) for stream in record.stats.streams],
         "state_bytes": record.state_bytes, "step_seconds": record.step_seconds,
+        "thresholds": [row._asdict() for row in record.in_force.thresholds], "ranges": record.in_force.ranges,
+        "errors": None if record.in_force.errors is None else asdict(record.in_force.errors),
     }  # fmt: skip
     return json.dumps(content, indent=1, allow_nan=False) + "\n"
 
@@ -123,6 +136,7 @@ def from_json(text: str) -> RunRecord:
             stats=Stats(tuple(map(_stream, content["streams"]))),
             state_bytes=int(content["state_bytes"]),
             step_seconds=tuple(map(_finite, content["step_seconds"])),
+            in_force=_in_force(content),
         )
     except (KeyError, TypeError, AttributeError, ValueError, OverflowError) as error:
         raise ValueError(f"damaged, or not written by lite-compile: {type(error).__name__}: {error}") from error
@@ -157,6 +171,27 @@ def _stream(entry: Mapping[str, Any]) -> StreamStats:
     )
     numbers = {"density": density, "history": history, "dropped_mass": dropped}
     return StreamStats(**{**entry, **counts, "layer": str(entry["layer"]), **numbers})
+
+
+def _in_force(content: Mapping[str, Any]) -> InForce:
+    """Files of earlier versions have nothing of it."""
+    rows = [
+        LayerThresholds(str(row["layer"]), tuple(map(str, row["values"])), str(row["given"]))
+        for row in content.get("thresholds", ())
+    ]
+    ranges = tuple((str(name), str(value)) for name, value in content.get("ranges", ()))
+    errors = content.get("errors")
+    return InForce(tuple(rows), ranges, None if errors is None else _errors(errors))
+
+
+def _errors(entry: Mapping[str, Any]) -> StepErrors:
+    fractions = tuple(map(_finite, entry["fractions"]))
+    layers = [(str(layer), tuple(None if e is None else _finite(e) for e in row)) for layer, row in entry["layers"]]
+    budget = None if entry["budget"] is None else tuple(map(_finite, entry["budget"]))
+    rows = [row for _, row in layers] + ([] if budget is None else [budget])
+    if any(len(row) != len(fractions) for row in rows):
+        raise ValueError("errors of another number of steps than there are fractions")
+    return StepErrors(str(entry["metric"]), fractions, tuple(layers), budget, str(entry["source"]))
 
 
 _COUNTS = ("stream", "steps", "generations", "calls", "dense_calls", "state_bytes")

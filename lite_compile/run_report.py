@@ -12,7 +12,9 @@ from torch import nn
 
 from .decisions import format_table
 from .html_report import render_html
+from .in_force import FRACTIONS
 from .run_record import RunRecord, collect_record, to_json
+from .step_errors import StepErrors
 
 
 def save_report(
@@ -21,8 +23,9 @@ def save_report(
     *,
     title: str | None = None,
     step_seconds: Sequence[float] = (),
+    errors: StepErrors | None = None,
 ) -> Path:
-    """Write what is known of the current run: sites with decisions and reasons, density, settings, versions.
+    """Write what is known of the current run: sites with decisions and reasons, density, thresholds, versions.
 
     The page shows the density of every step if the model was compiled with the option `history`, else that of the last
     call, and with the option `probe` what every step dropped. Reads the states from the device, so it waits for it.
@@ -34,6 +37,7 @@ def save_report(
             all graphs compiled in this process.
         title: default: the class of the model.
         step_seconds: measured seconds per step, if there are any.
+        errors: what `measure_errors` returned. None: where the thresholds are a calibration's, those that it measured.
 
     Returns:
         the path that was written.
@@ -42,7 +46,7 @@ def save_report(
         ValueError: the path ends with nothing of these.
     """
     render = renderer(path)
-    text = render(collect_record(model, title=title, step_seconds=step_seconds))
+    text = render(collect_record(model, title=title, step_seconds=step_seconds, errors=errors))
     target = Path(path)
     target.write_text(text, encoding="utf-8")
     return target
@@ -70,9 +74,21 @@ def render_text(record: RunRecord) -> str:
     if any(stream.dropped_mass for stream in record.stats.streams):
         title = "share of the softmax dropped per step, mean over the layers (most of any sampled query)"
         parts += ["", title, *format_table(_dropped_rows(record))]
+    parts += _in_force_lines(record)
     if record.step_seconds:
         parts += ["", "seconds per step: " + " ".join(f"{seconds:.4g}" for seconds in record.step_seconds)]
     return "\n".join(parts) + "\n"
+
+
+def _in_force_lines(record: RunRecord) -> list[str]:
+    """Thresholds, ranges and errors; nothing if none are known."""
+    known, lines = record.in_force, []
+    if known.thresholds:
+        header = ["layer", *(f"at {fraction:.0%}" for fraction in FRACTIONS), "given by"]
+        rows = [header, *([row.layer, *row.values, row.given] for row in known.thresholds)]
+        lines += ["", "thresholds in force, log2 units along the trajectory", *format_table(rows)]
+    lines += [f"{name} in force: {value}" for name, value in known.ranges]
+    return lines if known.errors is None else [*lines, "", str(known.errors)]
 
 
 def _history_rows(record: RunRecord) -> list[list[str]]:

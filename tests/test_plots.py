@@ -13,6 +13,7 @@ from models import compiled, denoise, noise, prompt, tiny_wan
 
 import lite_compile
 from lite_compile.layer_stats import Stats, StreamStats
+from lite_compile.step_errors import StepErrors
 
 PROMPTS = [prompt(0), prompt(1)]
 
@@ -55,8 +56,32 @@ def test_what_was_dropped_is_shown_in_the_same_manner() -> None:
     assert colours.get_ylabel() == "share of the softmax dropped"
     with pytest.raises(ValueError, match=r"no dropped mass was recorded; compile with options=\{'probe': True\}"):
         lite_compile.plot(Stats((entry("a", 0, 1.0),)), show="dropped_mass")
-    with pytest.raises(ValueError, match="show is 'error'; allowed: 'density', 'dropped_mass'"):
-        lite_compile.plot(Stats((one,)), show="error")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="show is 'errors'; allowed: 'density', 'dropped_mass', 'error'"):
+        lite_compile.plot(Stats((one,)), show="errors")  # type: ignore[call-overload,unused-ignore]
+    with pytest.raises(TypeError, match=r"model is Stats\(.* allowed with show='error': what measure_errors"):
+        lite_compile.plot(Stats((one,)), show="error")
+
+
+def test_error_per_step_is_shown_with_its_budget() -> None:
+    pytest.importorskip("matplotlib")
+    points = {"a": {0.0: 0.001, 0.5: 0.004}, "b": {0.5: 0.008}}
+    errors = StepErrors.from_points("l1", points, {0.0: 0.005, 0.5: 0.007, 1.0: 0.01}, "made up")
+    assert errors.worst == (0.001, 0.008)
+    assert errors.met == 2 / 3
+    figure = lite_compile.plot(errors)
+    heat, lines, _ = figure.axes
+    assert heat.images[0].get_array().filled(-1).tolist() == [[0.001, 0.004], [-1, 0.008]]
+    assert [label.get_text() for label in heat.get_yticklabels()] == ["a", "b"]
+    worst, budget = lines.get_lines()
+    assert worst.get_xydata().tolist() == [[0.0, 0.001], [0.5, 0.008]]
+    assert budget.get_xydata().tolist() == [[0.0, 0.005], [0.5, 0.007]]
+    assert figure.get_suptitle() == "made up"
+    with pytest.raises(ValueError, match=r"no error was measured; run lite_compile.measure_errors"):
+        lite_compile.plot(StepErrors("l1", (), ()))
+    with pytest.raises(ValueError, match=r"no error was measured"):
+        lite_compile.plot(torch.nn.Linear(2, 2), show="error")
+    with pytest.raises(ValueError, match="show is 'density'; allowed for StepErrors: 'error'"):
+        lite_compile.plot(errors, show="density")
 
 
 def test_pictures_of_a_run(tmp_path: Path) -> None:

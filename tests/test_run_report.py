@@ -15,8 +15,10 @@ import torch
 from models import OPTIONS, compiled, denoise, noise, prompt, tiny_wan
 
 import lite_compile
+from lite_compile import Schedule, StepErrors
 from lite_compile.decisions import GraphReport, Reason, Report, SiteReport
 from lite_compile.html_report import render_html
+from lite_compile.in_force import InForce, LayerThresholds
 from lite_compile.layer_stats import Stats, StreamStats
 from lite_compile.run_record import RunRecord, Setting, collect_record, from_json, read_record, to_json
 from lite_compile.run_report import render_text
@@ -63,6 +65,10 @@ def _reset() -> None:
     lite_compile.clear_report()
 
 
+def step_errors(word: str) -> StepErrors:
+    return StepErrors(word, (0.0, 0.5), ((word, (None, 0.25)),), (0.125, 0.5), word)
+
+
 def invented(word: str = "attn") -> RunRecord:
     """A record whose every string holds `word`."""
     sites = (
@@ -76,6 +82,7 @@ def invented(word: str = "attn") -> RunRecord:
     return RunRecord(
         title=word, created=word, environment={word: word}, report=Report((GraphReport(sites, word),)),
         settings=((Setting(word, word, True),),), stats=Stats(streams), state_bytes=128, step_seconds=(0.5, 0.25, 0.25),
+        in_force=InForce((LayerThresholds(word, (word,) * 5, word),), ((word, word),), step_errors(word)),
     )  # fmt: skip
 
 
@@ -119,6 +126,57 @@ def test_what_was_dropped_is_in_the_page_the_text_and_the_data(tmp_path: Path) -
     assert last is not None
     lines = lite_compile.save_report(tmp_path / "run.txt", model).read_text()
     assert re.search(rf"^  4 +\S+ \(\S+\) +{last[0]:.2e} \({last[1]:.2e}\)$", lines, re.MULTILINE)
+
+
+def test_thresholds_ranges_and_errors_are_those_in_force(tmp_path: Path) -> None:
+    model = tiny_wan()
+    options = {"must_skip": [], "dense_layers": ["blocks.0.*"], "threshold": Schedule.linear(-9.0, -5.0)}
+    call = compiled(model, **options)
+    denoise(call, noise(0), PROMPTS, 4)
+    known = collect_record(model).in_force
+    assert [(row.layer, row.values) for row in known.thresholds] == [
+        ("blocks.0.attn1", ("-inf",) * 5), ("blocks.1.attn1", ("-9", "-8", "-7", "-6", "-5")),
+    ]  # fmt: skip
+    assert [row.given for row in known.thresholds] == ["dense_layers", "Schedule.linear(-9.0, -5.0)"]
+    assert known.ranges == (("must_skip", "[]"),)
+    assert known.errors is None
+
+    found = lite_compile.calibrate(model, lambda: denoise(call, noise(0), PROMPTS, 4), 0.02, out=tmp_path / "wan.toml")
+    lite_compile.set_threshold(model, tmp_path / "wan.toml")
+    lite_compile.set_ranges(model, must_skip=[(512, 640)])
+    denoise(call, noise(0), PROMPTS, 4)
+    record = collect_record(model)
+    assert record.in_force.ranges == (("must_skip", "[(512, 640)]"),)
+    (_, row) = record.in_force.thresholds
+    schedule = dict(found.thresholds.layers)["blocks.1.attn1"]
+    assert row.values == tuple(f"{schedule.at(fraction):.4g}" for fraction in (0.0, 0.25, 0.5, 0.75, 1.0))
+    assert "wan.toml" in row.given
+    errors = record.in_force.errors
+    assert errors is not None
+    assert [layer for layer, _ in errors.layers] == ["blocks.1.attn1"]  # the other one skips nothing
+    assert errors.met == found.met == 1
+    assert errors.layers[0][1] == pytest.approx(list(found.errors["blocks.1.attn1"].values()), rel=1e-6)
+    text = Page(render_html(record)).text
+    assert {"Thresholds", "Error per step", "[(512, 640)]", *row.values} <= set(text)
+    for step, error in enumerate(errors.layers[0][1]):
+        assert f"blocks.1.attn1, step {step + 1}: {error:.2e}" in text
+    assert from_json(to_json(record)) == record
+    assert str(errors) in render_text(record)
+    assert "must_skip in force: [(512, 640)]" in render_text(record)
+
+
+def test_errors_that_the_user_measured(tmp_path: Path) -> None:
+    model = tiny_wan()
+    call = compiled(model, threshold=-2.0)
+    errors = lite_compile.measure_errors(model, lambda: denoise(call, noise(0), PROMPTS, 4))
+    denoise(call, noise(0), PROMPTS, 4)
+    saved = lite_compile.save_report(tmp_path / "run.json", model, errors=errors)
+    assert read_record(saved).in_force.errors == errors
+    assert (
+        "measured in 1 generation" in lite_compile.save_report(tmp_path / "run.html", model, errors=errors).read_text()
+    )
+    with pytest.raises(TypeError, match=r"errors is 0.5 \(float\); allowed: what measure_errors returns"):
+        lite_compile.save_report(tmp_path / "run.json", model, errors=0.5)  # type: ignore[arg-type]
 
 
 def test_text_and_data_say_the_same(tmp_path: Path) -> None:
@@ -171,7 +229,8 @@ def test_shown_values_of_an_invented_run() -> None:
     assert "attn, step 2: no state used" in text
     assert "1.0 s" in text
     opacities = re.findall(r'class="c"[^>]*fill-opacity="([\d.]+)"', html)
-    assert opacities == ["1.000", "0.500", "0.750", "0.250"]
+    assert opacities == ["1.000", "0.500", "0.750", "0.250", "1.000"]  # the last: the only error, which is the largest
+    assert "100.0% of them are within their budget" in text
 
 
 def test_mean_history() -> None:
@@ -198,6 +257,10 @@ WRONG_FILES: list[tuple[Any, str]] = [
     ({"streams": [{**STREAM, "dropped_mass": [[math.nan, 0]]}]}, "damaged.*nan"),
     ({"streams": [{**STREAM, "dropped_mass": [3]}]}, "damaged"),
     ({"streams": [{**STREAM, "steps": None}]}, "damaged"),
+    ({"thresholds": [{"layer": "a"}]}, "damaged.*values"),
+    ({"ranges": [["must_skip"]]}, "damaged"),
+    ({"errors": {**asdict(step_errors("x")), "fractions": [0.0]}}, "damaged.*another number of steps"),
+    ({"errors": {**asdict(step_errors("x")), "budget": [math.inf, 0.5]}}, "damaged.*inf"),
     ({"step_seconds": [math.inf]}, "damaged.*inf"),
 ]
 

@@ -15,11 +15,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..control import check_model
 from ..environment import installed_version
-from ..errors import nearest
 from ..progress import progress
 from ..schedule import Schedule
+from .arguments import check_arguments
 from .attention_error import METRICS
 from .budget import Budget, Share, default_share
 from .calibration_file import CalibratedThresholds, LayerColumn, write_calibration
@@ -85,7 +84,7 @@ def calibrate(
         RuntimeError: the model's attention does not run through liteattention, or in CUDA graphs; its clock does not
             know where in the trajectory it is.
     """
-    original, quality = _check(
+    original, quality = check_arguments(
         model, run, target_error, metric, prompts, target_psnr, target_ssim, held_out, value_range
     )
     given: list[Any] = [None] if prompts is None else list(prompts)
@@ -138,7 +137,7 @@ class _Phases:
         )  # fmt: skip
         if path is not None:
             save_calibration(calibration, path, fractions, len(self._prompts))
-        return calibration
+        return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))
 
     def _survey(self) -> None:
         """See in a dense generation where the run has its steps."""
@@ -312,53 +311,3 @@ def _digest(prompts: Sequence[Any] | None) -> str:
         else:
             digest.update(repr(prompt).encode())
     return digest.hexdigest()[:16]
-
-
-def _check(
-    model: nn.Module, run: Callable[..., Any], target_error: float, metric: str, prompts: Sequence[Any] | None,
-    target_psnr: float | None, target_ssim: float | None, held_out: Sequence[Any] | None,
-    value_range: tuple[float, float] | None,
-) -> tuple[nn.Module, QualityTarget | None]:  # fmt: skip
-    """The model itself and the target on its results; raises for arguments that are out of range."""
-    if model is None:
-        raise TypeError("model is None; allowed: a torch.nn.Module")
-    checked = check_model(model)
-    assert checked is not None
-    if not callable(run):
-        raise TypeError(f"run is {run!r} ({type(run).__name__}); allowed: a callable that performs one generation")
-    if not isinstance(metric, str) or metric not in METRICS:
-        allowed = ", ".join(map(repr, METRICS))
-        raise ValueError(f"metric is {metric!r}; allowed: {allowed}.{nearest(str(metric), METRICS)}")
-    _check_number("target_error", target_error, 1.0)
-    for name, listed in (("prompts", prompts), ("held_out", held_out)):
-        if isinstance(listed, str) or (listed is not None and not isinstance(listed, Sequence)):
-            raise TypeError(
-                f"{name} is {listed!r} ({type(listed).__name__}); allowed: a list of what run takes, or None"
-            )
-    if prompts is not None and not prompts:
-        raise ValueError("prompts is empty; allowed: one or more, or None if run takes none")
-    targets = [("psnr", target_psnr, 200.0), ("ssim", target_ssim, 1.0)]
-    asked = [(name, value, most) for name, value, most in targets if value is not None]
-    if len(asked) > 1:
-        raise ValueError(f"target_psnr is {target_psnr!r} and target_ssim {target_ssim!r}; allowed: one of them")
-    if held_out and (not asked or prompts is None):
-        raise ValueError("held_out is for target_psnr or target_ssim, together with prompts")
-    if value_range is not None:
-        pair = isinstance(value_range, list | tuple) and len(value_range) == 2
-        if not pair or not all(isinstance(x, int | float) for x in value_range) or not value_range[0] < value_range[1]:
-            raise ValueError(f"value_range is {value_range!r}; allowed: (least, largest), or None")
-        if not asked:
-            raise ValueError("value_range is for target_psnr and target_ssim")
-    original: nn.Module = getattr(checked, "_orig_mod", checked)
-    if not asked:
-        return original, None
-    ((name, value, most),) = asked
-    _check_number(f"target_{name}", value, most)
-    return original, QualityTarget(name, float(value), value_range)
-
-
-def _check_number(name: str, value: Any, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} is {value!r} ({type(value).__name__}); allowed: a number above 0, at most {most:g}")
-    if not 0 < value <= most:
-        raise ValueError(f"{name} is {value!r}; allowed: a number above 0, at most {most:g}")

@@ -17,6 +17,7 @@ from ..errors import OptionTypeError, OptionValueError, nearest
 from ..ops import CRITERIA
 from ..passes.find_attention import is_made_up
 from ..schedule import Schedule, Thresholds
+from ..step_errors import StepErrors
 from .fingerprint import Fingerprint, fingerprint
 
 if sys.version_info >= (3, 11):
@@ -37,6 +38,8 @@ class CalibratedThresholds(Thresholds):
     """The option under which they were found; they mean something else under another."""
     source: str = field(default="", compare=False)
     """The file that they come from."""
+    measured: StepErrors | None = field(default=None, compare=False)
+    """Errors in the generations that the calibration ended with."""
 
     def schedule(self, layer: str) -> Schedule:
         """That of the layer; raises `OptionValueError` if there is none."""
@@ -89,7 +92,8 @@ class CalibratedThresholds(Thresholds):
 
 
 def _listed(names: Sequence[str], known: Mapping[str, Any] | set[str]) -> str:
-    hints = [f"{name!r}{nearest(name, known)}" for name in names[:8]]
+    found = ((name, nearest(name, known).strip()) for name in names[:8])
+    hints = [f"{name!r} ({hint[0].lower()}{hint[1:]})" if hint else repr(name) for name, hint in found]
     more = f" and {len(names) - 8} more" if len(names) > 8 else ""
     kind = "layer" if len(names) == 1 else f"{len(names)} layers"
     return f"{kind} {', '.join(hints)}{more}."
@@ -123,17 +127,20 @@ def load_calibration(path: str | os.PathLike[str]) -> CalibratedThresholds:
         or not isinstance(digest, str)
     ):
         raise _bad(source, "its table [model] lacks class, parameters or digest")
-    criterion = _table(content, "calibration", source).get("criterion")
+    settings = _table(content, "calibration", source)
+    criterion = settings.get("criterion")
     if criterion not in CRITERIA:
         raise _bad(source, f"'criterion' in its table [calibration] is {criterion!r}, not one of {', '.join(CRITERIA)}")
-    fractions = _table(content, "trajectory", source).get("fractions")
+    trajectory = _table(content, "trajectory", source)
+    fractions = trajectory.get("fractions")
     if not isinstance(fractions, list):
         raise _bad(source, "its table [trajectory] has no list 'fractions'")
     layers = _table(content, "layers", source)
     if not layers:
         raise _bad(source, "its table [layers] is empty")
     schedules = tuple((layer, _read_layer(source, layer, entry, fractions)) for layer, entry in layers.items())
-    return CalibratedThresholds(schedules, Fingerprint(name, count, digest), criterion, source)
+    measured = _read_measured(source, str(settings.get("metric")), fractions, trajectory.get("budget"), layers)
+    return CalibratedThresholds(schedules, Fingerprint(name, count, digest), criterion, source, measured)
 
 
 def _read_layer(source: str, layer: str, entry: Any, fractions: list[Any]) -> Schedule:
@@ -145,6 +152,29 @@ def _read_layer(source: str, layer: str, entry: Any, fractions: list[Any]) -> Sc
     except (OptionTypeError, OptionValueError) as error:
         detail = str(error).replace("liteattention option 'threshold'", "the value")
         raise _bad(source, f"layer {layer!r}: {detail}") from error
+
+
+def _read_measured(
+    source: str, metric: str, fractions: list[float], budget: Any, layers: Mapping[str, Any]
+) -> StepErrors | None:
+    """What the file says of errors, which may have been left out of it."""
+    if budget is None and not any("errors" in entry for entry in layers.values()):
+        return None
+    rows = {"'budget' in [trajectory]": budget}
+    rows |= {f"'errors' of layer {layer!r}": entry.get("errors") for layer, entry in layers.items()}
+    for name, row in rows.items():
+        if not isinstance(row, list) or len(row) != len(fractions) or not all(map(_is_error, row)):
+            raise _bad(source, f"{name} is no list of numbers >= 0 (nan: unknown), one per fraction")
+    errors = {
+        layer: {f: float(e) for f, e in zip(fractions, entry["errors"], strict=True) if not math.isnan(e)}
+        for layer, entry in layers.items()
+    }
+    allowed = dict(zip(fractions, map(float, budget), strict=True))
+    return StepErrors.from_points(metric, errors, allowed, f"calibration {source!r}")
+
+
+def _is_error(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and not value < 0
 
 
 def _table(content: Mapping[str, Any], name: str, source: str) -> Mapping[str, Any]:

@@ -35,11 +35,7 @@ class Replay:
         call.attend(read_thresholds(self._tables[layer], call.now))
         self._densities.setdefault(layer, {}).setdefault(call.fraction, []).append(call.density())
         if self._metric is not None:
-            lse = None if call.lse is None else call.lse.clone()
-            dense = call.attend_densely(torch.empty_like(call.out))
-            if call.lse is not None and lse is not None:
-                call.lse.copy_(lse)
-            error = attention_error(call.out, dense, self._metric)
+            error = sparse_error(call, self._metric)
             errors = self.errors.setdefault(layer, {})
             errors[call.fraction] = max(errors.get(call.fraction, 0.0), error)
 
@@ -49,6 +45,15 @@ class Replay:
             layer: {fraction: sum(values) / len(values) for fraction, values in steps.items()}
             for layer, steps in self._densities.items()
         }
+
+
+def sparse_error(call: AttendCall, metric: str) -> float:
+    """Error of `call.out`, which was computed, against dense attention; waits for the device."""
+    lse = None if call.lse is None else call.lse.clone()
+    dense = call.attend_densely(torch.empty_like(call.out))
+    if call.lse is not None and lse is not None:
+        call.lse.copy_(lse)
+    return attention_error(call.out, dense, metric)
 
 
 def mean_density(densities: Points) -> float:

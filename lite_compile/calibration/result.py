@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..decisions import format_table
+from ..step_errors import StepErrors
 from .budget import Budget
 from .calibration_file import CalibratedThresholds
 from .points import Points
@@ -56,6 +57,13 @@ class Calibration:
     def density(self) -> float:
         """Mean over layers and steps."""
         return mean_density(self.densities)
+
+    @property
+    def step_errors(self) -> StepErrors:
+        """Errors and budget as `plot` and `save_report` take them."""
+        source = "calibration" if self.path is None else f"calibration {str(self.path)!r}"
+        allowed = {f: self.budget.at(f) for steps in self.errors.values() for f in steps}
+        return StepErrors.from_points(self.metric, self.errors, allowed, source)
 
     @property
     def met(self) -> float:

@@ -99,6 +99,26 @@ def test_the_budget_is_kept_when_the_model_follows_the_thresholds(metric: str) -
     assert max(worst.values()) > (0.2 if metric != "cosine" else 0.2**2) * target
 
 
+@pytest.mark.parametrize("metric", ["l1", "rmse", "cosine"])
+def test_errors_of_a_model_as_it_is(metric: str) -> None:
+    model = tiny_wan()
+    run = make_run(compiled(model, threshold=-4.0))
+    lite_compile.set_threshold(model, -2.0)
+    expected, seen = run(0), list[Tensor]()
+    errors = lite_compile.measure_errors(model, lambda number: seen.append(run(number)), metric, prompts=[0])
+    assert torch.equal(seen[0], expected)  # measuring changes nothing
+    assert (errors.metric, errors.source, errors.budget) == (metric, "measured in 1 generation", None)
+    assert errors.fractions == pytest.approx([step / STEPS for step in range(STEPS)], abs=1e-5)
+    for (layer, step), error in replayed_errors(model, run, 0, metric).items():
+        found = dict(errors.layers)[layer][step]
+        assert found == pytest.approx(error, rel=0.02, abs=1e-5 if metric != "cosine" else 1e-9)
+    assert max(e for e in errors.worst if e is not None) > 1e-6
+    with pytest.raises(ValueError, match="metric is 'rms'"):
+        lite_compile.measure_errors(model, run, "rms", prompts=[0])
+    with pytest.raises(RuntimeError, match="no attention of"):
+        lite_compile.measure_errors(model, lambda: None)
+
+
 def test_a_larger_budget_skips_more() -> None:
     model = tiny_wan()
     run = make_run(compiled(model))

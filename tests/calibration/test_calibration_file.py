@@ -58,6 +58,32 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert hash(found) == hash(lite_compile.load_calibration(str(path)))
     assert Options(threshold=found).threshold is found
     assert "wan.toml" in repr(found)
+    measured = found.measured
+    assert measured is not None
+    assert (measured.metric, measured.fractions, measured.budget) == ("l1", (0.0, 0.25), (0.1, 0.2))
+    assert measured.layers == (('odd "name".0', (0.0, 1e-5)), ("blocks.1", (0.0, 1e-5)))
+    assert measured.met == 1
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("errors = [0.0, 1e-05, nan]", "errors = [0.0, -1e-05, nan]", "'errors' of layer 'blocks.0.attn1' is no list"),
+        ("errors = [0.0, 1e-05, nan]", "errors = [0.0]", "'errors' of layer 'blocks.0.attn1' is no list"),
+        ("errors = [0.0, 1e-05, nan]", 'errors = ["x", 1, 2]', "'errors' of layer 'blocks.0.attn1' is no list"),
+        ("budget = ", "budget = 3 #", r"'budget' in \[trajectory\] is no list of numbers >= 0 \(nan: unknown\)"),
+    ],
+)
+def test_errors_in_a_file_are_read_or_refused(tmp_path: Path, old: str, new: str, message: str) -> None:
+    path = write(tmp_path / "wan.toml")
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+    with pytest.raises(OptionValueError, match=message):
+        lite_compile.load_calibration(path)
+    kept = [line for line in text.splitlines() if not line.startswith(("errors", "budget"))]
+    path.write_text("\n".join(kept))
+    assert lite_compile.load_calibration(path).measured is None
     assert not list(tmp_path.glob("*.part"))
 
 
@@ -140,12 +166,12 @@ def test_a_file_that_is_missing(tmp_path: Path) -> None:
 def test_layers_that_are_missing_or_unknown(tmp_path: Path, compile_model: Any) -> None:
     missing = write(tmp_path / "missing.toml", ("blocks.0.attn1",))
     with pytest.raises(
-        OptionValueError, match=r"no thresholds for layer 'blocks.1.attn1' Did you mean 'blocks.0.attn1'"
+        OptionValueError, match=r"no thresholds for layer 'blocks.1.attn1' \(did you mean 'blocks.0.attn1'\?\)\."
     ):
         denoise(compile_model(tiny_wan(), threshold=missing), noise(0), [prompt(0)], 2)
     torch._dynamo.reset()
     unknown = write(tmp_path / "unknown.toml", (*LAYERS, "blocks.2.attn1", "blocks.7.attn9"))
-    with pytest.raises(OptionValueError, match=r"does not have its 2 layers 'blocks.2.attn1' Did you mean") as caught:
+    with pytest.raises(OptionValueError, match=r"does not have its 2 layers 'blocks.2.attn1' \(did you mean") as caught:
         denoise(compile_model(tiny_wan(), threshold=unknown), noise(0), [prompt(0)], 2)
     assert "'blocks.7.attn9'" in str(caught.value)
 
