@@ -8,6 +8,7 @@ text: a `Binding`. Compiling the same text again finds the same state. Parameter
 from __future__ import annotations
 
 import itertools
+import operator
 import threading
 import weakref
 from collections import OrderedDict
@@ -226,10 +227,13 @@ def bindings_in_use(model: nn.Module | None = None) -> list[Binding]:
     return [binding for binding in ordered if any(found is binding for found in latest.values())]
 
 
+_version = operator.attrgetter("_version")
+
+
 def versions(tensors: Sequence[Tensor]) -> list[int]:
     """How often each was written to, as far as it can be known."""
     try:
-        return [tensor._version for tensor in tensors]
+        return list(map(_version, tensors))
     except RuntimeError:  # tensors made under inference mode have none
         return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
