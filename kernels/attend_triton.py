@@ -49,8 +49,9 @@ def _load_rows(pointers, row_inside, dim_inside, ALL_ROWS: tl.constexpr, ALL_DIM
 
 @triton.jit
 def _load_bias(pointers, inside, ALL_ROWS: tl.constexpr):
-    """Bias of a tile's keys in log2 units. What would overflow stays as it is, since the dense sum is finite there."""
-    bias = tl.load(pointers) if ALL_ROWS else tl.load(pointers, mask=inside, other=0.0)
+    """Bias of a tile's keys in log2 units, -inf past the last of them. What would overflow stays as it is, since the
+    dense sum is finite there."""
+    bias = tl.load(pointers) if ALL_ROWS else tl.load(pointers, mask=inside, other=float("-inf"))
     return tl.where(bias > _LOWEST, bias * _LOG2_E, bias)
 
 
@@ -110,7 +111,7 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
         (32, 64): _config(64, 32, 4, 2), (32, 128): _config(64, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
     },
     (10, 0): {
-        (16, 64): _config(128, 128, 8, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(128, 32, 8, 2),
+        (16, 64): _config(128, 64, 8, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(128, 32, 8, 2),
         (32, 64): _config(64, 32, 8, 2), (32, 128): _config(64, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
     },
     (12, 0): _SMALL_SHARED_MEMORY,
@@ -184,7 +185,7 @@ def _attend_kernel(
         left = k_len - tile * TILE_K
         k_block = _load_rows(k + k_start * k_stride_s + k_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
         scores = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
-        if not EVEN_K:  # noqa: SIM102, decided when compiling
+        if not (EVEN_K or HAS_BIAS):  # noqa: SIM102, decided when compiling
             if left < TILE_K:
                 scores = tl.where((k_row < left)[None, :], scores, float("-inf"))
         if HAS_BIAS:

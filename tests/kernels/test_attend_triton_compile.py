@@ -84,10 +84,9 @@ def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int,
     + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
 )
 @pytest.mark.parametrize(
-    ("has_bias", "has_kinds", "by_mass"),
-    [(False, False, False), (True, False, False), (True, True, False), (False, False, True), (True, True, True)],
-    ids=["", "bias", "bias-kinds", "mass", "bias-kinds-mass"],
+    ("has_bias", "has_kinds"), [(False, False), (True, False), (True, True)], ids=["plain", "bias", "bias-kinds"]
 )
+@pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
 def test_compiles_for(
     arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, has_kinds: bool, by_mass: bool
 ) -> None:
@@ -103,9 +102,7 @@ def test_compiles_for(
     # The loads of the main loop are pipelined.
     assert "cp.async.cg" in build.ptx
     if head_dim in (64, 128):
-        # Everything at once is two registers more than an sm_89 has.
-        everything = (arch, head_dim) == (89, 128) and has_bias and has_kinds and by_mass
-        assert build.spilled_bytes <= (8 if everything else 0)
+        assert build.spilled_bytes == 0
 
 
 @pytest.mark.parametrize("arch", [80, 89, 90, 100])
