@@ -2,7 +2,8 @@
 
     python examples/look_inside.py --threshold -3 --layer blocks.1.attn1
 
-Writes density.png, attention.png, run.html and run.json; docs/seeing.md shows them.
+Writes density.png, attention.png, errors.png, run.html and run.json; docs/seeing.md shows them. The errors are measured
+in a second generation.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     job = moving_digits_job(args.prompt, args.steps, 4.0, 0, device, dtype, None)
     model = job.denoisers["transformer"]
-    options: dict[str, Any] = {"threshold": args.threshold, "history": True}
+    options: dict[str, Any] = {"threshold": args.threshold, "history": True, "probe": True, "must_compute": []}
     job.pipe.transformer = torch.compile(model, backend="liteattention", options=options)
 
     seconds: list[float] = []
@@ -41,16 +42,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         started = time.perf_counter()
         return {}
 
+    def generate(**more: Any) -> None:
+        job.pipe(**job.arguments, generator=torch.Generator(device).manual_seed(0), **more)
+
+    errors = lite_compile.measure_errors(model, generate)
     with lite_compile.capture_attention(model, args.layer, step=args.steps - 1) as calls:
-        job.pipe(**job.arguments, generator=torch.Generator(device).manual_seed(0), callback_on_step_end=on_step_end)
+        started = time.perf_counter()
+        generate(callback_on_step_end=on_step_end)
 
     lite_compile.plot(model, path=args.output / "density.png")
     lite_compile.plot_attention(calls[0], head=args.head, path=args.output / "attention.png")
+    lite_compile.plot(errors, path=args.output / "errors.png")
     title = f"Moving digits: {args.prompt}"
     for name in ("run.html", "run.json"):
-        lite_compile.save_report(args.output / name, model, title=title, step_seconds=seconds)
+        lite_compile.save_report(args.output / name, model, title=title, step_seconds=seconds, errors=errors)
     print(lite_compile.stats(model))
-    print(f"saved in {args.output}: density.png, attention.png, run.html, run.json")
+    print(f"saved in {args.output}: density.png, attention.png, errors.png, run.html, run.json")
 
 
 def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:

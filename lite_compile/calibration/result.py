@@ -81,11 +81,13 @@ class Calibration:
             density = mean_density({layer: self.densities.get(layer, {})})
             ends = (f"{schedule.thresholds[0]:.1f}", f"{schedule.thresholds[-1]:.1f}")
             rows.append((layer, *ends, *measured, f"{density:.3f}"))
+        kept = f"{self.met:.1%} of the layers' steps within their budget"
+        if self.quality is not None:  # which decided instead
+            kept = f"error budget scaled by {self.quality.scale:.3g}"
         lines = [
             f"calibration of {self.thresholds.model.name}: {self.metric} error up to {self.target_error:g}",
             *format_table(rows),
-            f"density {self.density:.3f}; {self.met:.1%} of the layers' steps within their budget; "
-            f"cost: the attention of {self.cost:.1f} dense generations per prompt",
+            f"density {self.density:.3f}; {kept}; cost: the attention of {self.cost:.1f} dense generations per prompt",
         ]
         if self.quality is not None:
             lines.append(_quality_line("calibration", self.quality, self.quality.calibration))

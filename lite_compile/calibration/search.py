@@ -25,10 +25,10 @@ from .points import Points
 
 FLOOR = -30.0
 """The most careful candidate: what it skips weighs nothing, and unlike -inf it can be interpolated."""
-FIRST = (-14.0, -10.0, -7.0, -4.5, -2.5, 0.0)
-AROUND = (-3.0, -1.0, 0.0, 1.5)
+FIRST: tuple[float, ...] = (-14.0, -10.0, -7.0, -4.5, -2.5, 0.0)
+AROUND: tuple[float, ...] = (-3.0, -1.0, 0.0, 1.5)
 """Later candidates, from the layer's last threshold."""
-BELOW = (-3.0, -1.0, 0.0)
+BELOW: tuple[float, ...] = (-3.0, -1.0, 0.0)
 """Candidates from what earlier prompts allow."""
 SLOPE = 0.5
 """log2 of the error per log2 unit of threshold where nothing was measured."""
@@ -95,22 +95,23 @@ class ThresholdSearch:
         key = (call.state.data_ptr(), call.slot)
         stream = self._streams.get(key)
         if stream is None or stream.epoch != call.epoch:
-            stream = _Stream(call.epoch, call.fraction, [_Option(math.nan, call.copy_rows())])
-            chosen = stream.options[0]
-            rows = chosen.rows.clone()
-            call.attend(self._floor(call), rows)
-            self.kernel_calls += 1
-            rejected: list[_Option] = []
+            # Its masks are void, whatever the rows hold.
+            stream = _Stream(call.epoch, call.fraction, [_Option(math.nan, torch.zeros_like(call.copy_rows()))])
+            chosen, rejected = stream.options[0], list[_Option]()
+            marked = _Option(self._ladder(layer, call.fraction)[0], chosen.rows.clone())
+            self._attend(call, marked, call.out)
         else:
             self._go_back(layer, stream, call)
-            chosen, rejected, rows = self._choose(layer, stream, call)
-        options = [_Option(FLOOR, rows)]
+            chosen, rejected, marked = self._choose(layer, stream, call)
+        call.state[call.slot].copy_(marked.rows[0])
+        options = [_Option(FLOOR, chosen.rows.clone())]  # marks nothing
         scratch = torch.empty_like(call.out)
         for threshold in self._ladder(layer, call.fraction):
+            if threshold == marked.threshold:
+                options.append(marked)
+                continue
             options.append(_Option(threshold, chosen.rows.clone()))
-            call.attend(torch.full_like(call.threshold, threshold), options[-1].rows, scratch)
-            self.kernel_calls += 1
-        call.state[call.slot].copy_(rows[0])
+            self._attend(call, options[-1], scratch)
         self._streams[key] = _Stream(call.epoch, call.fraction, options, chosen, rejected, stream.fraction)
 
     def slopes(self) -> dict[str, float]:
@@ -118,11 +119,13 @@ class ThresholdSearch:
         known = {layer: statistics.median(values) for layer, values in self._slopes.items()}
         return {layer: min(2.0, max(0.1, known.get(layer, SLOPE))) for layer in self.found}
 
-    def _floor(self, call: AttendCall) -> Tensor:
-        return torch.full_like(call.threshold, FLOOR)
+    def _attend(self, call: AttendCall, option: _Option, out: Tensor) -> None:
+        """Attention under the mask in the rows, which are marked under the option's threshold."""
+        call.attend(torch.full_like(call.threshold, option.threshold), option.rows, out)
+        self.kernel_calls += 1
 
-    def _choose(self, layer: str, stream: _Stream, call: AttendCall) -> tuple[_Option, list[_Option], Tensor]:
-        """The boldest option that keeps the budget, those below it, and its rows after the call; writes `out`."""
+    def _choose(self, layer: str, stream: _Stream, call: AttendCall) -> tuple[_Option, list[_Option], _Option]:
+        """The boldest option that keeps the budget, those below it, and what the call marks beyond it; writes `out`."""
         found = self.found.setdefault(layer, {})
         limit = found.get(stream.fraction, 0.0)  # what another stream of that step, or generation of this run, found
         options = [option for i, option in enumerate(stream.options) if i == 0 or option.threshold <= limit]
@@ -130,38 +133,58 @@ class ThresholdSearch:
         dense = call.attend_densely(torch.empty_like(call.out))
         self.kernel_calls += 1
         errors: dict[int, float] = {}
-        kept: dict[int, tuple[Tensor, Tensor, Tensor | None]] = {}
+        kept: dict[int, tuple[Tensor, _Option, Tensor | None]] = {}
 
         def measure(index: int) -> float:
-            rows, out = options[index].rows.clone(), torch.empty_like(call.out)
-            call.attend(self._floor(call), rows, out)
-            self.kernel_calls += 1
+            option, out = options[index], torch.empty_like(call.out)
+            marked = _Option(self._lowest(layer, call.fraction, option.threshold), option.rows.clone())
+            self._attend(call, marked, out)
             errors[index] = attention_error(out, dense, self._budget.metric)
-            kept[index] = (out, rows, None if call.lse is None else call.lse.clone())
+            kept[index] = (out, marked, None if call.lse is None else call.lse.clone())
             return errors[index]
 
-        low, high = 0, len(options) - 1
-        probe = high if self._cap is not None else (high + 1) // 2
-        while low < high:
-            if measure(probe) <= budget:
-                low = probe
+        # Of options with the same mask the boldest stands for all.
+        start = call.mask_start
+        tried = [
+            index
+            for index, option in enumerate(options)
+            if index == len(options) - 1
+            or not torch.equal(option.rows[..., start:], options[index + 1].rows[..., start:])
+        ]
+        lowest, highest = 0, len(tried) - 1
+        at = self._first_probe(layer, [options[index].threshold for index in tried])
+        while lowest < highest:
+            if measure(tried[at]) <= budget:
+                lowest = at
             else:
-                high = probe - 1
-            for index in [index for index in kept if index != low]:
+                highest = at - 1
+            for index in [index for index in kept if index != tried[lowest]]:
                 del kept[index]
-            probe = (low + high + 1) // 2
+            at = (lowest + highest + 1) // 2
+        low = tried[lowest]
         if low not in kept:
             measure(low)
-        out, rows, lse = kept[low]
+        out, marked, lse = kept[low]
         call.out.copy_(out)
         if call.lse is not None and lse is not None:
             call.lse.copy_(lse)
-        threshold = options[low].threshold
-        if low > 0 or errors[0] <= budget:
-            self._centre[layer] = max(FLOOR, threshold)
-        found[stream.fraction] = min(found.get(stream.fraction, 0.0), threshold)
         self._note_slopes(layer, [(options[i].threshold, error) for i, error in sorted(errors.items())])
-        return options[low], options[:low], rows
+        if errors[low] <= budget:
+            self._centre[layer] = options[low].threshold
+        else:
+            low = 0  # the same mask; what broke the budget was marked before
+        threshold = options[low].threshold
+        found[stream.fraction] = min(found.get(stream.fraction, 0.0), threshold)
+        return options[low], options[:low], marked
+
+    def _first_probe(self, layer: str, thresholds: Sequence[float]) -> int:
+        """Which of them, rising, to measure first: the one that a layer keeps to most often."""
+        last = len(thresholds) - 1
+        if self._cap is not None or last == 0:
+            return last
+        if layer not in self._centre:
+            return (last + 1) // 2
+        return max(1, sum(threshold <= self._centre[layer] for threshold in thresholds) - 1)
 
     def _note_slopes(self, layer: str, measured: Sequence[tuple[float, float]]) -> None:
         for (a, low), (b, high) in itertools.pairwise(measured):
@@ -172,15 +195,23 @@ class ThresholdSearch:
         """Candidates above `FLOOR` for marks made at that fraction, rising; the same ones for all streams of a step."""
         key = (layer, fraction)
         if key not in self._candidates:
-            if self._cap is not None:
-                centre, offsets = self._cap(layer, fraction), list(BELOW)
-            elif layer in self._centre:
-                centre, offsets = self._centre[layer], list(AROUND)
-            else:
-                centre, offsets = 0.0, list(FIRST)
-            values = sorted({min(0.0, centre + offset) for offset in offsets})
-            self._candidates[key] = [value for value in values if value > FLOOR]
+            self._candidates[key] = self._around(layer, fraction, self._centre.get(layer))
         return self._candidates[key]
+
+    def _lowest(self, layer: str, fraction: float, centre: float) -> float:
+        """The lowest candidate for marks made at that fraction if `centre` is what the layer keeps to."""
+        known = self._candidates.get((layer, fraction))
+        return (known or self._around(layer, fraction, max(FLOOR, centre)))[0]
+
+    def _around(self, layer: str, fraction: float, centre: float | None) -> list[float]:
+        if self._cap is not None:
+            centre, offsets = self._cap(layer, fraction), BELOW
+        elif centre is not None:
+            offsets = AROUND
+        else:
+            centre, offsets = 0.0, FIRST
+        values = sorted({min(0.0, centre + offset) for offset in offsets})
+        return [value for value in values if value > FLOOR] or [FLOOR]
 
     def _go_back(self, layer: str, stream: _Stream, call: AttendCall) -> None:
         """If another stream found a more careful threshold since, take back what this one marked beyond it."""

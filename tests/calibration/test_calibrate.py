@@ -126,6 +126,33 @@ def test_a_larger_budget_skips_more() -> None:
     assert found[0] > found[1] > found[2]
 
 
+@pytest.mark.parametrize("prompts", [[0], [0, 1]])
+def test_it_costs_less_than_ten_dense_generations(prompts: list[int]) -> None:
+    """All calls of kernels are counted, without the search's own counter."""
+    model = tiny_wan()
+    call = compiled(model)
+    computed, asked = [0], [0]
+
+    def counting(*args: Any, **named: Any) -> None:
+        computed[0] += 1
+        attend_cpu(*args, **named)
+
+    def run(number: int) -> Tensor:
+        asked[0] += 1
+        taken, ops.intercept = ops.intercept, None
+        assert taken is not None
+        ops.intercept = lambda kernel: taken(counting)
+        return make_run(call)(number)
+
+    make_run(call)(0)
+    found = lite_compile.calibrate(model, run, 0.02, prompts=prompts)
+    assert found.met == 1
+    assert asked[0] == 2 * len(prompts)  # one search and one replay, no repair
+    attentions = computed[0] / (2 * 2 * STEPS * len(prompts))  # two layers, two streams
+    assert found.cost == pytest.approx(attentions, abs=0.5)
+    assert attentions < 8
+
+
 @pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
 def test_nothing_is_compiled_anew_and_nothing_is_left_behind(compile_model: Any) -> None:
     model = tiny_wan()
