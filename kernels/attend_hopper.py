@@ -48,10 +48,37 @@ _LOWEST = gl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
 """Natural units: below it, float32 has no finite value in log2 units."""
 _MAGIC, _MAGIC_BITS = gl.constexpr(1.5 * 2.0**23), gl.constexpr(0x4B400000)
 """A float32 whose last bit counts ones: adding an integer to its bits adds it to its value, which saves converting."""
+_INFINITY_BITS = gl.constexpr(-0x800000)
+"""Those of -inf in float32, as an integer."""
+
+
+def _rescale_asm(count: int) -> str:
+    """PTX that multiplies `count` registers by their factors, unless the factors of all threads of the warp are 1.
+
+    A thread holds pieces of two rows, in pairs of registers by turns: the first and the third are of one row each.
+    """
+    first, third = 2 * count, 2 * count + 2
+    lines = [
+        "{", ".reg .pred p;", f"setp.neu.f32 p, ${first}, 0f3F800000;", f"setp.neu.or.f32 p, ${third}, 0f3F800000, p;",
+        "vote.sync.any.pred p, p, 0xffffffff;", "@!p bra.uni AS_IT_IS;",
+        *(f"mul.f32 ${i}, ${i}, ${2 * count + i};" for i in range(count)),
+        "AS_IT_IS:", "}",
+    ]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _rescale_constraints(count: int) -> str:
+    return ",".join(["=f"] * count + [str(i) for i in range(count)] + ["f"] * count)
+
+
+_RESCALE_32, _RESCALE_64 = gl.constexpr(_rescale_asm(32)), gl.constexpr(_rescale_asm(64))
+_CONSTRAINTS_32, _CONSTRAINTS_64 = gl.constexpr(_rescale_constraints(32)), gl.constexpr(_rescale_constraints(64))
 
 
 @gluon.jit
-def _produce(descriptors, q_smem, q_full, ring, order, count, batch, head, kv_head, q_start):
+def _produce(
+    descriptors, q_smem, q_full, ring, order, count, batch, head, kv_head, q_start, QK_BITS: gl.constexpr
+):  # fmt: skip
     """Load Q once, then K and V of the listed tiles, as fast as the consumers free their places."""
     q_desc, k_desc, v_desc = descriptors
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
@@ -67,7 +94,8 @@ def _produce(descriptors, q_smem, q_full, ring, order, count, batch, head, kv_he
         mbarrier.wait(k_empty.index(stage), phase ^ 1)
         mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
         async_load(k_desc, [batch, kv_head, k_start, 0], k_full.index(stage), k_smem.index(stage))
-        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+        if QK_BITS == 16:
+            mbarrier.wait(v_empty.index(stage), phase ^ 1)
         mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
         async_load(v_desc, [batch, kv_head, k_start, 0], v_full.index(stage), v_smem.index(stage))
 
@@ -79,6 +107,20 @@ def _sum_own(x):
 
 
 @gluon.jit
+def _rescale(x, factor):
+    """`x` `[_ROWS, 64 or 128]` times `factor` `[_ROWS]`, which is 1 while the maximum of a row stays."""
+    factors = gl.zeros_like(x) + factor[:, None]
+    if x.shape[1] == 128:
+        return gl.inline_asm_elementwise(
+            _RESCALE_64, _CONSTRAINTS_64, [x, factors], dtype=gl.float32, is_pure=True, pack=64
+        )
+    else:
+        return gl.inline_asm_elementwise(
+            _RESCALE_32, _CONSTRAINTS_32, [x, factors], dtype=gl.float32, is_pure=True, pack=32
+        )
+
+
+@gluon.jit
 def _load_bias(pointers, inside):
     """Bias of a tile's keys in log2 units. What would overflow stays as it is, since the dense sum is finite there."""
     bias = gl.load(pointers, mask=inside, other=0.0)
@@ -87,10 +129,14 @@ def _load_bias(pointers, inside):
 
 @gluon.jit
 def _consume(
-    INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, threshold,
+    INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, threshold,
     EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles."""
+    """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles.
+
+    With q and k in 8 bits the tensor cores are not what takes the time, and consumers that use them at will soon do so
+    all at once, and then are in their softmax all at once. So they take turns: PV of a tile and QK^T of the next.
+    """
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
     order, count, notes = lists
     batch, head, q_start, lse_start = place
@@ -99,6 +145,9 @@ def _consume(
     DIM: gl.constexpr = v_smem.shape[4]
     QK_DIM: gl.constexpr = q_smem.shape[4]
     IS_INT: gl.constexpr = q_smem.dtype == gl.int8
+    AS_BITS: gl.constexpr = IS_INT and not HAS_BIAS
+    TURNS: gl.constexpr = QK_BITS == 8
+    FIRST: gl.constexpr = 1 if INDEX == 0 else 0
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE_K, 256 // QK_BITS])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
@@ -124,23 +173,32 @@ def _consume(
         qk_scale *= gl.load(q_scales + INDEX, mask=q_start + INDEX * _ROWS < q_len, other=1.0)
     q_block = q_smem.index(INDEX).reshape([_ROWS, QK_DIM])
     mbarrier.wait(q_full.index(INDEX), 0)
+    my_turn, next_turn = turns.index(INDEX), turns.index((INDEX + 1) % _CONSUMERS)
+    if TURNS:
+        mbarrier.wait(my_turn, FIRST)
     for n in range(count):
         stage = n % _STAGES
         phase = (n // _STAGES) & 1
-        tile = gl.load(order + n).to(gl.int32)
+        if not TURNS:
+            tile = gl.load(order + n).to(gl.int32)
         k_block = k_smem.index(stage).reshape([_TILE_K, QK_DIM]).permute((1, 0))
         factor = qk_scale
-        if QK_BITS == 8:
-            factor = qk_scale * gl.load(k_scales + tile)
         mbarrier.wait(k_full.index(stage), phase)
         if IS_INT:
             offset = gl.full([_ROWS, _TILE_K], _MAGIC_BITS, gl.int32, S_LAYOUT)
             product = warpgroup_mma(q_block, k_block, offset, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[product]).to(gl.float32, bitcast=True) - _MAGIC
         else:
             product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
-            scores = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        if TURNS:
+            mbarrier.arrive(next_turn, count=1)
+            # While the product is computed: what waits for these before it leaves the tensor cores idle.
+            tile = gl.load(order + n).to(gl.int32)
+            factor = qk_scale * gl.load(k_scales + tile)
+        scores = warpgroup_mma_wait(0, deps=[product])
+        if IS_INT and not AS_BITS:
+            scores = scores.to(gl.float32, bitcast=True) - _MAGIC
+        if QK_BITS == 16:
+            mbarrier.arrive(k_empty.index(stage), count=1)
         if HAS_BIAS:  # noqa: SIM102, decided when compiling
             if gl.load(biased + tile) != 0:
                 left = k_len - tile * _TILE_K
@@ -148,8 +206,13 @@ def _consume(
                 factor /= factor
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if k_len - tile * _TILE_K < _TILE_K:
-                scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, float("-inf"))
-        tile_max = gl.max(scores, 1) * factor
+                hidden_score: gl.constexpr = _INFINITY_BITS if AS_BITS else float("-inf")
+                scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, hidden_score)
+        if AS_BITS:  # integers are in the order of the floats that their bits are: all positive, or -inf
+            tile_max = (gl.max(scores, 1).to(gl.float32, bitcast=True) - _MAGIC) * factor
+            scores = scores.to(gl.float32, bitcast=True)
+        else:
+            tile_max = gl.max(scores, 1) * factor
         # The difference is NaN while a row has met nothing but -inf.
         if BY_MASS:
             hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
@@ -159,9 +222,11 @@ def _consume(
         raised = gl.maximum(running, tile_max)
         # A row that has met nothing but -inf has no maximum to subtract.
         shift = gl.where(raised == float("-inf"), 0.0, raised)
-        weights = gl.exp2(scores * factor - shift[:, None])
         decay = gl.exp2(running - shift)
         running = raised
+        if AS_BITS:
+            shift += factor * _MAGIC
+        weights = gl.exp2(scores * factor - shift[:, None])
         if BY_MASS:
             mass = _sum_own(weights)
             total = total * gl.convert_layout(decay, OWN)[:, None] + mass
@@ -169,16 +234,20 @@ def _consume(
             negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
         else:
             total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
-        weighted = weighted * gl.convert_layout(decay, O_ROW)[:, None]
+        weighted = _rescale(weighted, gl.convert_layout(decay, O_ROW))
         weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
         mbarrier.wait(v_full.index(stage), phase)
+        if TURNS:
+            mbarrier.wait(my_turn, ((n + 1) & 1) ^ FIRST)
         v_block = v_smem.index(stage).reshape([_TILE_K, DIM])
         product = warpgroup_mma(weights, v_block, weighted, is_async=True)
         # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
         gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
         weighted = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        mbarrier.arrive(v_empty.index(stage) if QK_BITS == 16 else k_empty.index(stage), count=1)
 
+    if TURNS:
+        mbarrier.arrive(next_turn, count=1)
     sums = gl.convert_layout(gl.sum(total, 1), ROW)
     inverse = 1.0 / gl.where(sums == 0, 1.0, sums)
     weighted = weighted * gl.convert_layout(inverse, O_ROW)[:, None]
@@ -244,8 +313,10 @@ def _attend_kernel(
     v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     v_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
+    turns = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(_STAGES):
         mbarrier.init(k_full.index(i), count=1)
         mbarrier.init(v_full.index(i), count=1)
@@ -262,20 +333,23 @@ def _attend_kernel(
         [
             (
                 _consume,
-                (0, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                (0, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                 EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
-                (1, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                (1, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                 EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
-                (2, o_desc, extras, q_smem, o_smem, q_full, ring, lists, place, sizes, qk_scale, limit, EVEN_K,
-                 HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                (2, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                 EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
-            (_produce, ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start)),
+            (
+                _produce,
+                ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start, QK_BITS),
+            ),
         ],
         [4, 4, 1],
         [160, 160, 32],

@@ -65,6 +65,8 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         (BF16, 64, None, {"HAS_BIAS": True}, None),
         (BF16, 128, None, {"HAS_BIAS": True}, None),
         (BF16, 128, torch.int8, {}, 192),
+        (BF16, 128, torch.float8_e4m3fn, {"EVEN_K": True}, 192),
+        (BF16, 128, torch.int8, {"HAS_BIAS": True}, None),
         (FP16, 64, torch.float8_e4m3fn, {}, 0),
     ],
     ids=str,
@@ -76,7 +78,7 @@ def test_compiles_for_hopper(
 ) -> None:  # fmt: skip
     """`spilled`: most bytes that may be; None: any number.
 
-    At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills nothing without a bias, 3.9 some bytes.
+    At a head dim of 128 all of the 160 registers are in use: Triton 3.6 spills up to 40 bytes without a bias, 3.9 more.
     """
     build = compile_offline(dtype, head_dim, qk, BY_MASS=by_mass, **constants)
     print(
