@@ -147,10 +147,10 @@ def test_it_costs_less_than_ten_dense_generations(prompts: list[int]) -> None:
     make_run(call)(0)
     found = lite_compile.calibrate(model, run, 0.02, prompts=prompts)
     assert found.met == 1
-    assert asked[0] == 2 * len(prompts)  # one search and one replay, no repair
+    assert asked[0] == 1 + 2 * len(prompts)  # a look at the steps, one search and one replay each, no repair
     attentions = computed[0] / (2 * 2 * STEPS * len(prompts))  # two layers, two streams
     assert found.cost == pytest.approx(attentions, abs=0.5)
-    assert attentions < 8
+    assert attentions < 9
 
 
 @pytest.mark.parametrize("compile_model", [compile_whole, compile_blocks])
