@@ -19,7 +19,12 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-MODELS = {"1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens", "14b": "Wan2.1-14B, 720p, 75,600 tokens"}
+ATTENTION, FORWARD, CALIBRATION = "bench-gpu-h100.json", "bench-forward-h100.json", "calibration-long-h200.json"
+MODELS = {
+    "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
+    "14b": "Wan2.1-14B, 720p, 75,600 tokens",
+    "1.3b-short": "Wan2.1-1.3B, 4,096 tokens",
+}
 Row = dict[str, Any]
 
 
@@ -60,7 +65,7 @@ def percent(row: Row) -> str:
 
 def attention() -> str:
     """Every row of one run of `bench_gpu.py`."""
-    run = load("bench-gpu-h100.json")
+    run = load(ATTENTION)
     header = ["B x H x S x D", "kernel", "mask", "skipped"]
     header += ["ms", "cold, ms", "effective TF", "x cuDNN", "time / ideal", "error"]
     rows = [
@@ -70,12 +75,12 @@ def attention() -> str:
         )
         for row in run["rows"]
     ]  # fmt: skip
-    return table(header, rows) + source(run, "bench-gpu-h100.json")
+    return table(header, rows) + source(run, ATTENTION)
 
 
 def attention_short() -> str:
     """Speed-up over cuDNN at three levels of scattered skipping, for both kernels."""
-    run = load("bench-gpu-h100.json")
+    run = load(ATTENTION)
     rows = []
     for shape in dict.fromkeys(tuple(row["shape"]) for row in run["rows"]):
         for kernel in ("hopper", "triton"):
@@ -84,21 +89,28 @@ def attention_short() -> str:
                 nearest = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in (0, 0.42, 0.57, 0.77)]
                 rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in nearest)))
     header = ("B x H x S x D", "kernel", "0 % skipped", "42 %", "57 %", "77 %")
-    return table(header, rows) + source(run, "bench-gpu-h100.json")
+    return table(header, rows) + source(run, ATTENTION)
 
 
 def forward() -> str:
     """Speed-up of one forward of a transformer."""
-    run = load("bench-forward-h100.json")
+    run = load(FORWARD)
     rows = []
-    for model in dict.fromkeys(row["model"] for row in run["rows"]):
-        found = [row for row in run["rows"] if row["model"] == model]
+    for model, part in dict.fromkeys((row["model"], row.get("compiled", "blocks")) for row in run["rows"]):
+        found = [row for row in run["rows"] if (row["model"], row.get("compiled", "blocks")) == (model, part)]
         dense = found[0]["inductor_cudnn_ms"]
-        cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
-        rows.append((MODELS[model], str(found[0]["layers"]), f"{dense:.0f}", *cells))
+        digits = 1 if dense < 100 else 0
+        cells = (f"{row['ms']:.{digits}f} ({dense / row['ms']:.2f} x)" for row in found)
+        rows.append((MODELS[model], str(found[0]["layers"]), part, f"{dense:.{digits}f}", *cells))
     shares = [percent(row) for row in run["rows"][: len(run["rows"]) // len(rows)]]
-    header = ("model", "layers", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
-    return table(header, rows) + source(run, "bench-forward-h100.json")
+    header = (
+        "model",
+        "layers",
+        "compiled",
+        "Inductor + cuDNN, ms",
+        *(f"ours, {share} skipped, ms" for share in shares),
+    )
+    return table(header, rows) + source(run, FORWARD)
 
 
 def suites() -> str:
@@ -147,11 +159,13 @@ def fidelity() -> str:
 
 def calibration() -> str:
     """Calibrated and constant thresholds on generations that calibration did not see."""
-    run = load("calibration-long-h100.json")
+    run = load(CALIBRATION)
     header = ["threshold", "layer-steps within their budget", "within the target", "density", "PSNR, dB: mean"]
+    header += ["of it the worst", "reach the target", "seconds"]
     header += ["density less than of a constant with the same PSNR", "sparser on", "cost, in dense generations"]
     named = {"-inf": run["nothing_skipped"]} | {f"constant {name}": row for name, row in run["constants"].items()}
     named |= {f"l1 {name}": run["calibrated"][name] for name in sorted(run["calibrated"], key=float)}
+    named |= {f"PSNR {name}": row for name, row in run.get("psnr_targets", {}).items()}
     rows = []
     for name, row in named.items():
         shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]
@@ -159,11 +173,14 @@ def calibration() -> str:
         gain = f"{equal['gain']:.4f} ± {equal['gain_stdev']:.4f}" if equal else "not bracketed" if "cost" in row else ""
         seeds = f"{equal['seeds_where_sparser']} of {equal['seeds']} seeds" if equal else ""
         cost = f"{row['cost']:.1f}" if "cost" in row else ""
-        rows.append((name, *shares, f"{row['mean_density']:.3f}", f"{row['mean_psnr']:.1f}", gain, seeds, cost))
+        reach = f"{row['share_met']:.0%}" if "share_met" in row else ""
+        time = "" if row["seconds"] != row["seconds"] else f"{row['seconds']:.2f}"
+        decibels = (f"{row['mean_psnr']:.1f}", f"{min(row['psnr']):.1f}")
+        rows.append((name, *shares, f"{row['mean_density']:.3f}", *decibels, reach, time, gain, seeds, cost))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
     prompts, seeds = len(run["calibration_prompts"]), len(run["nothing_skipped"]["psnr"])
     about += f", {run['steps']} steps, {prompts} prompts to calibrate, {seeds} held out"
-    return table(header, rows) + f"\n{about} (`benchmarks/results/calibration-long-h100.json`).\n"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/{CALIBRATION}`).\n"
 
 
 def criteria() -> str:
