@@ -112,6 +112,25 @@ def test_nothing_skipped_is_as_exact_as_dense_attention(
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [64, 128])
+@pytest.mark.parametrize("where", [0, 300, 700])
+def test_a_maximum_that_rises_in_one_row_alone(dim: int, where: int, kernel: str) -> None:
+    """Accumulators are rescaled where a maximum rises, which kernels decide for several rows together."""
+    generator = torch.Generator(device="cuda").manual_seed(0)
+    q, k, v = (0.1 * torch.randn(1, 1, 768, dim, device="cuda", generator=generator) for _ in range(3))
+    k[..., where : where + 8, 0] = 40.0
+    for row in (*range(0, 64, 7), 200, 767):
+        alone = q.clone()
+        alone[..., 0] = -4.0
+        alone[:, :, row, 0] = 4.0
+        rounded = [x.to(torch.bfloat16) for x in (alone, k, v + 1)]
+        expected, _ = exact(*rounded, 0.1)
+        state, _ = new_state(*rounded[:2], kernel)
+        out, _ = attend(*rounded, state, 0, -float("inf"), 0.1, kernel=kernel)
+        assert (out.double() - expected).abs().max() < 0.02
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize("shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80)], ids=str)
 @pytest.mark.parametrize("criterion", CRITERIA)
