@@ -150,12 +150,17 @@ def main() -> None:
                 flush=True,
             )
         print(f"      state of all layers, 4 streams: {rows[-1]['state_bytes_of_all_layers'] / 1e6:.0f} MB")
-    if arguments.json:
-        record = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(record, indent=2) + "\n")
+        if arguments.json:  # after each model, so that a run that is cut short leaves what it measured
+            save(arguments.json, rows)
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured, and under which conditions."""
+    record = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

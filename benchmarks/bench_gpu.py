@@ -201,12 +201,17 @@ def main() -> None:
                     f"{row['ms']:8.3f} {row['cold_ms']:8.3f} {row['effective_tflops']:8.0f} {row['speed_up']:8.2f} "
                     f"{row['of_ideal']:8.3f} {row['error']:8.1e}"
                 )
-    if arguments.json:
-        record = {
-            "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-            "python": platform.python_version(), "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
-        }  # fmt: skip
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+            if arguments.json:  # after each shape, so that a run that is cut short leaves what it measured
+                save(arguments.json, rows)
+
+
+def save(path: Path, rows: list[dict[str, Any]]) -> None:
+    """Write what was measured, and under which conditions."""
+    record = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "python": platform.python_version(), "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
+    }  # fmt: skip
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":
