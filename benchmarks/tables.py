@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,15 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION, FORWARD, CALIBRATION = "bench-gpu-h100.json", "bench-forward-h100.json", "calibration-long-h200.json"
+ATTENTION, FORWARD = (
+    ("bench-gpu-h200.json", "bench-gpu-h100.json"),
+    ("bench-forward-h200.json", "bench-forward-h100.json"),
+)
+"""The newest first: of each shape or model the first that has it counts."""
+CALIBRATION = "calibration-long-h200.json"
 MODELS = {
     "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
     "14b": "Wan2.1-14B, 720p, 75,600 tokens",
-    "1.3b-short": "Wan2.1-1.3B, 4,096 tokens",
 }
 Row = dict[str, Any]
 
@@ -40,12 +44,21 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def source(run: dict[str, Any], name: str) -> str:
-    """Where the figures come from."""
-    return (
-        f"\n{run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']} "
-        f"(`benchmarks/results/{name}`).\n"
-    )
+def load_newest(names: Sequence[str], what: str) -> tuple[list[Row], str]:
+    """Of each value of the column `what` the rows of the first run that has it; and where they are from."""
+    rows: list[Row] = []
+    about = ""
+    for name in names:
+        run = load(name)
+        known = [row[what] for row in rows]
+        new = [row for row in run["rows"] if row[what] not in known]
+        rows += new
+        values = ", ".join(dict.fromkeys(str(row[what]) if what == "model" else shape_name(row) for row in new))
+        about += (
+            f"\n{values}: {run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']} "
+            f"(`benchmarks/results/{name}`).\n"
+        )
+    return rows, about
 
 
 def shape_name(row: Row) -> str:
@@ -64,8 +77,8 @@ def percent(row: Row) -> str:
 
 
 def attention() -> str:
-    """Every row of one run of `bench_gpu.py`."""
-    run = load(ATTENTION)
+    """Every row of the runs of `bench_gpu.py`."""
+    found, about = load_newest(ATTENTION, "shape")
     header = ["B x H x S x D", "kernel", "mask", "skipped"]
     header += ["ms", "cold, ms", "effective TF", "x cuDNN", "time / ideal", "error"]
     rows = [
@@ -73,44 +86,37 @@ def attention() -> str:
             shape_name(row), row["kernel"], row["pattern"], percent(row), f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}",
             f"{row['effective_tflops']:.0f}", f"{row['speed_up']:.2f}", f"{row['of_ideal']:.2f}", f"{row['error']:.1e}",
         )
-        for row in run["rows"]
+        for row in found
     ]  # fmt: skip
-    return table(header, rows) + source(run, ATTENTION)
+    return table(header, rows) + about
 
 
 def attention_short() -> str:
     """Speed-up over cuDNN at three levels of scattered skipping, for both kernels."""
-    run = load(ATTENTION)
+    measured, about = load_newest(ATTENTION, "shape")
     rows = []
-    for shape in dict.fromkeys(tuple(row["shape"]) for row in run["rows"]):
+    for shape in dict.fromkeys(tuple(row["shape"]) for row in measured):
         for kernel in ("hopper", "triton"):
-            found = [row for row in run["rows"] if key(row) == (shape, kernel, "scattered")]
+            found = [row for row in measured if key(row) == (shape, kernel, "scattered")]
             if found:
                 nearest = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in (0, 0.42, 0.57, 0.77)]
                 rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in nearest)))
     header = ("B x H x S x D", "kernel", "0 % skipped", "42 %", "57 %", "77 %")
-    return table(header, rows) + source(run, ATTENTION)
+    return table(header, rows) + about
 
 
 def forward() -> str:
     """Speed-up of one forward of a transformer."""
-    run = load(FORWARD)
+    measured, about = load_newest(FORWARD, "model")
     rows = []
-    for model, part in dict.fromkeys((row["model"], row.get("compiled", "blocks")) for row in run["rows"]):
-        found = [row for row in run["rows"] if (row["model"], row.get("compiled", "blocks")) == (model, part)]
+    for model in dict.fromkeys(row["model"] for row in measured):
+        found = [row for row in measured if row["model"] == model]
         dense = found[0]["inductor_cudnn_ms"]
-        digits = 1 if dense < 100 else 0
-        cells = (f"{row['ms']:.{digits}f} ({dense / row['ms']:.2f} x)" for row in found)
-        rows.append((MODELS[model], str(found[0]["layers"]), part, f"{dense:.{digits}f}", *cells))
-    shares = [percent(row) for row in run["rows"][: len(run["rows"]) // len(rows)]]
-    header = (
-        "model",
-        "layers",
-        "compiled",
-        "Inductor + cuDNN, ms",
-        *(f"ours, {share} skipped, ms" for share in shares),
-    )
-    return table(header, rows) + source(run, FORWARD)
+        cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
+        rows.append((MODELS[model], str(found[0]["layers"]), f"{dense:.0f}", *cells))
+    shares = [percent(row) for row in measured[: len(measured) // len(rows)]]
+    header = ("model", "layers", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
+    return table(header, rows) + about
 
 
 def suites() -> str:
