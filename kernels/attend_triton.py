@@ -20,6 +20,7 @@ from torch import Tensor
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
 from .launch import Launch, Launcher, address_of, kinds
+from .tma_blocks import addressable, triton_descriptor
 from .visit_lists import COMPUTED, EPOCH, HEADER, SIZES, find_row, is_free, range_arguments, write_marks, write_order
 
 _LN_2, _LOG2_E = tl.constexpr(math.log(2)), tl.constexpr(LOG2_E)
@@ -45,6 +46,12 @@ def _load_rows(pointers, row_inside, dim_inside, ALL_ROWS: tl.constexpr, ALL_DIM
         return tl.load(pointers, mask=row_inside[:, None], other=0.0)
     else:
         return tl.load(pointers, mask=row_inside[:, None] & dim_inside[None, :], other=0.0)
+
+
+@triton.jit
+def _load_block(descriptor, batch, head, start, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Tile `[ROWS, COLUMNS]` from row `start` on, zeros outside."""
+    return descriptor.load([batch.to(tl.int32), head.to(tl.int32), start, 0]).reshape(ROWS, COLUMNS)
 
 
 @triton.jit
@@ -89,10 +96,12 @@ class LaunchConfig(NamedTuple):
     tile: TileShape
     warps: int
     stages: int
+    by_tma: bool = False
+    """Whether q, k and v are TMA descriptors instead of pointers."""
 
 
-def _config(tile_q: int, tile_k: int, warps: int, stages: int) -> LaunchConfig:
-    return LaunchConfig(TileShape(tile_q, tile_k), warps, stages)
+def _config(tile_q: int, tile_k: int, warps: int, stages: int, by_tma: bool = False) -> LaunchConfig:
+    return LaunchConfig(TileShape(tile_q, tile_k), warps, stages, by_tma)
 
 
 _SMALL_SHARED_MEMORY = {
@@ -105,7 +114,7 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
         (32, 64): _config(64, 32, 8, 2), (32, 128): _config(32, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
     },
     (8, 6): _SMALL_SHARED_MEMORY,
-    # The fastest of ten on an H100 in bfloat16 that spill nothing; 128 x 128 at head dim 128 does, and is 8 % faster.
+    # For what `TMA_CONFIGS` leaves. In 16 bits the fastest of ten on an H100 that spill nothing.
     (9, 0): {
         (16, 64): _config(64, 64, 4, 3), (16, 128): _config(128, 64, 8, 3), (16, 256): _config(128, 64, 8, 2),
         (32, 64): _config(64, 32, 4, 2), (32, 128): _config(64, 32, 8, 2), (32, 256): _config(32, 16, 8, 2),
@@ -119,6 +128,10 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
 """By lowest compute capability of the class, then by (bits of the dtype, largest head dim). Fixed, not tuned at run
 time: the kernel mutates its state, and the tile size is the granularity of the masks."""
 
+TMA_CONFIGS = {(16, 64): _config(64, 128, 4, 3, by_tma=True), (16, 128): _config(128, 128, 8, 3, by_tma=True)}
+"""In place of `CONFIGS` on compute capability 9.x, for head dims that are multiples of 8, which TMA can step over. The
+fastest of those measured on an H200 in bfloat16; with loads by pointers, these tiles spill registers."""
+
 
 @triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES], do_not_specialize_on_alignment=["threshold"])
 def _attend_kernel(
@@ -130,11 +143,12 @@ def _attend_kernel(
     qk_scale, threshold,
     HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     EVEN_K: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_LSE: tl.constexpr, BY_MASS: tl.constexpr,
-    HAS_KINDS: tl.constexpr,
+    HAS_KINDS: tl.constexpr, BY_TMA: tl.constexpr,
 ):  # fmt: skip
     """One tile of queries of one head; arguments as `attend_triton` documents them.
 
     Args:
+        q, k, v: if BY_TMA, descriptors of blocks `[1, 1, TILE_Q or TILE_K, BLOCK_D]`, and their strides are not used.
         scratch: int16 or int32 `[programs, 2, k_tiles]`: the visit list, and one mark per tile.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
         start_0 ...: protected ranges; those that are not needed are empty.
@@ -166,12 +180,16 @@ def _attend_kernel(
     dim_inside = dim < HEAD_DIM
     q_start = q_tile.to(tl.int64) * TILE_Q
     row_live = q_row < q_len - q_tile * TILE_Q
-    q += batch * q_stride_b + head * q_stride_h + q_start * q_stride_s
-    k += batch * k_stride_b + head // heads_per_kv * k_stride_h
-    v += batch * v_stride_b + head // heads_per_kv * v_stride_h
-    k_offsets = k_row[:, None] * k_stride_s + dim[None, :]
-    v_offsets = k_row[:, None] * v_stride_s + dim[None, :]
-    q_block = _load_rows(q + q_row[:, None] * q_stride_s + dim[None, :], row_live, dim_inside, False, ALL_DIMS)
+    kv_head = head // heads_per_kv
+    if BY_TMA:
+        q_block = _load_block(q, batch, head, q_tile * TILE_Q, TILE_Q, BLOCK_D)
+    else:
+        q += batch * q_stride_b + head * q_stride_h + q_start * q_stride_s
+        k += batch * k_stride_b + kv_head * k_stride_h
+        v += batch * v_stride_b + kv_head * v_stride_h
+        k_offsets = k_row[:, None] * k_stride_s + dim[None, :]
+        v_offsets = k_row[:, None] * v_stride_s + dim[None, :]
+        q_block = _load_rows(q + q_row[:, None] * q_stride_s + dim[None, :], row_live, dim_inside, False, ALL_DIMS)
 
     running = tl.full([TILE_Q], float("-inf"), tl.float32)
     total = tl.zeros([TILE_Q], tl.float32)
@@ -183,7 +201,10 @@ def _attend_kernel(
         tile = tl.load(order + n).to(tl.int32)
         k_start = tile.to(tl.int64) * TILE_K
         left = k_len - tile * TILE_K
-        k_block = _load_rows(k + k_start * k_stride_s + k_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
+        if BY_TMA:
+            k_block = _load_block(k, batch, kv_head, tile * TILE_K, TILE_K, BLOCK_D)
+        else:
+            k_block = _load_rows(k + k_start * k_stride_s + k_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
         scores = tl.dot(q_block, tl.trans(k_block), input_precision="tf32x3")
         if not (EVEN_K or HAS_BIAS):  # noqa: SIM102, decided when compiling
             if left < TILE_K:
@@ -213,7 +234,10 @@ def _attend_kernel(
             needed |= tl.where(mass < limit * total + hidden, 0, one << (n % 32))
         else:
             total = total * decay + tl.sum(weights, 1)
-        v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
+        if BY_TMA:
+            v_block = _load_block(v, batch, kv_head, tile * TILE_K, TILE_K, BLOCK_D)
+        else:
+            v_block = _load_rows(v + k_start * v_stride_s + v_offsets, k_row < left, dim_inside, EVEN_K, ALL_DIMS)
         weighted = tl.dot(weights.to(v_block.dtype), v_block, weighted * decay[:, None], input_precision="tf32x3")
         # The vote of all rows synchronises the warps: take it once per 32 tiles.
         if n % 32 == 31:
@@ -238,14 +262,23 @@ def _attend_kernel(
 
 @functools.cache
 def _launch_config(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> LaunchConfig:
-    """Entry of `CONFIGS` for a device; a capability it does not know takes the nearest lower class."""
+    """Entry of the tables above for a device; a capability unknown to `CONFIGS` takes the nearest lower class."""
     known = [lowest for lowest in CONFIGS if lowest <= capability]
     if not known:
         raise ValueError(f"compute capability {capability[0]}.{capability[1]}; 8.0 or newer is needed")
     if not 1 <= head_dim <= 256:
         raise ValueError(f"head dim {head_dim}; at most 256 is supported")
     widest = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    return CONFIGS[max(known)][8 * dtype.itemsize, widest]
+    size = (8 * dtype.itemsize, widest)
+    if capability[0] == 9 and head_dim % 8 == 0 and size in TMA_CONFIGS:
+        return TMA_CONFIGS[size]
+    return CONFIGS[max(known)][size]
+
+
+@functools.cache
+def _device_config(device: int, dtype: torch.dtype, head_dim: int) -> LaunchConfig:
+    """`device`: index of the GPU; -1 under Triton's interpreter, which runs on CPU tensors."""
+    return _launch_config(torch.cuda.get_device_capability(device) if device >= 0 else (8, 0), dtype, head_dim)
 
 
 def triton_tile(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> TileShape:
@@ -288,15 +321,15 @@ def _plan(
     q_shape: tuple[int, ...], k_shape: tuple[int, ...], q_strides: tuple[int, ...], k_strides: tuple[int, ...],
     v_strides: tuple[int, ...], out_strides: tuple[int, ...], dtype: torch.dtype, device: int, tile: TileShape,
     streams: int, bias_rows: int | None, has_lse: bool, protected: tuple[int, ...],
-    criterion: str, has_kinds: bool,
+    criterion: str, has_kinds: bool, config: LaunchConfig,
 ) -> _Plan:  # fmt: skip
-    """`device`: index of the GPU; -1 under Triton's interpreter, which runs on CPU tensors."""
     batch, heads, q_len, head_dim = q_shape
     kv_heads, k_len = k_shape[1:3]
     q_tiles, k_tiles = tile_count(q_len, tile.q), tile_count(k_len, tile.k)
     programs, layout = batch * heads * q_tiles, row_layout(k_tiles)
     index = torch.int16 if k_tiles < 2**15 else torch.int32
-    config = _launch_config(torch.cuda.get_device_capability(device) if device >= 0 else (8, 0), dtype, head_dim)
+    if config.by_tma:
+        q_strides = k_strides = v_strides = (0, 0, 0)
     strides = (
         *q_strides[:3], *k_strides[:3], *v_strides[:3], *out_strides[:3], 0 if bias_rows in (None, 1) else k_len
     )  # fmt: skip
@@ -307,7 +340,7 @@ def _plan(
     constants = {
         "HEAD_DIM": head_dim, "BLOCK_D": max(16, triton.next_power_of_2(head_dim)), "TILE_Q": tile.q, "TILE_K": tile.k,
         "EVEN_K": k_len % tile.k == 0, "HAS_BIAS": bias_rows is not None, "HAS_LSE": has_lse,
-        "BY_MASS": criterion == "mass", "HAS_KINDS": has_kinds,
+        "BY_MASS": criterion == "mass", "HAS_KINDS": has_kinds, "BY_TMA": config.by_tma,
     }  # fmt: skip
     options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
     return _Plan(
@@ -325,7 +358,7 @@ def attend_triton(
 
     Args:
         q: `[B, H, Sq, D]`; k, v: `[B, Hkv, Sk, D]`: float32, bfloat16 or float16, D <= 256; any strides, but a last
-            stride other than 1 costs a copy. `Hkv` divides `H`.
+            stride other than 1 costs a copy, and what is not `is_addressable` where TMA loads. `Hkv` divides `H`.
         state: contiguous int32 `[streams, B, H, q_tiles, row_words]` as `skip_state` lays it out; updated in place.
         now: int32, first of all epoch, step, slot (none of the state's: compute everything, use and record nothing).
         scale: softmax scale.
@@ -340,18 +373,32 @@ def attend_triton(
     """
     if scale <= 0:
         q, scale = (q.neg(), -scale) if scale < 0 else (torch.zeros_like(q), 1.0)
-    # Offsets within a tile are computed in 32 bits.
-    q, k, v = (x if x.stride(3) == 1 and max(tile) * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v))
+    config = _device_config(q.get_device(), q.dtype, q.shape[3])
+    if config.by_tma:
+        q, k, v = map(addressable, (q, k, v))
+    else:
+        # Offsets within a tile are computed in 32 bits.
+        q, k, v = (x if x.stride(3) == 1 and max(tile) * x.stride(2) < 2**31 else x.contiguous() for x in (q, k, v))
     key_bias = None if key_bias is None else key_bias.contiguous()
     plan = _plan(
         q.shape, k.shape, q.stride(), k.stride(), v.stride(), out.stride(), q.dtype, q.get_device(), tile,
         state.shape[0], None if key_bias is None else key_bias.shape[0], lse is not None, tuple(protected),
-        criterion, key_tiles is not None,
+        criterion, key_tiles is not None, config,
     )  # fmt: skip
     scratch = state.new_empty(plan.scratch_shape, dtype=plan.index)
-    tensors = (q, k, v, key_bias, key_tiles, out, lse, state, now, scratch)
-    addresses = tuple(map(address_of, tensors))
-    launch = plan.launch(tuple([address is None or address % 16 == 0 for address in addresses]))
-    pointers, limit = (addresses, threshold.data_ptr()) if launch.ready else (tensors, threshold)
+    tensors = (key_bias, key_tiles, out, lse, state, now, scratch)
+    blocks: tuple[Any, ...] = (q, k, v)
+    addresses, block_addresses = tuple(map(address_of, tensors)), tuple(map(address_of, blocks))
+    aligned = tuple([address is None or address % 16 == 0 for address in (*block_addresses, *addresses)])
+    if config.by_tma:
+        columns = plan.constants["BLOCK_D"]
+        blocks = block_addresses = tuple(
+            [triton_descriptor(x, rows, columns) for x, rows in ((q, tile.q), (k, tile.k), (v, tile.k))]
+        )
+    launch = plan.launch(aligned)
+    arguments: tuple[Any, ...] = (*blocks, *tensors)
+    limit: Tensor | int = threshold
+    if launch.ready:
+        arguments, limit = (*block_addresses, *addresses), threshold.data_ptr()
     with torch.cuda.device_of(q):
-        launch((plan.programs, 1, 1), (*pointers, *plan.strides, *plan.sizes, scale * LOG2_E, limit))
+        launch((plan.programs, 1, 1), (*arguments, *plan.strides, *plan.sizes, scale * LOG2_E, limit))

@@ -7,7 +7,8 @@ import functools
 import torch
 from torch import Tensor
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 
 class Address:
@@ -22,23 +23,31 @@ class Address:
         return self._address
 
 
-def tma_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """TMA descriptor of `x` `[B, H, S, D]`, which `is_addressable`, for blocks of `rows` rows of one head.
+def tma_descriptor(x: Tensor, rows: int) -> GluonDescriptor:
+    """For Gluon: of `x` `[B, H, S, D]`, which `is_addressable`, for blocks of `rows` rows of one head.
 
     It does not keep `x` alive.
     """
-    return _descriptor(x.shape, x.stride(), x.dtype, rows, x.data_ptr())
+    return _descriptor(x.shape, x.stride(), x.dtype, rows, None, x.data_ptr())
+
+
+def triton_descriptor(x: Tensor, rows: int, columns: int) -> TensorDescriptor:
+    """The same for plain Triton, which chooses the layout itself; `columns` past the last of `x` read as zeros."""
+    return _descriptor(x.shape, x.stride(), x.dtype, rows, columns, x.data_ptr())
 
 
 @functools.lru_cache(4096)
 def _descriptor(
-    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, address: int
-) -> TensorDescriptor:
+    shape: torch.Size, strides: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None, address: int
+) -> GluonDescriptor | TensorDescriptor:
     """Tensors come and go, but at the same addresses: making and checking descriptors takes longer than all else."""
     step = 16 // dtype.itemsize
     # A dimension of one element is never stepped over, and may have any stride.
     steps = [stride if size > 1 else step for size, stride in zip(shape[:3], strides[:3], strict=True)]
-    return TensorDescriptor(Address(address, dtype), list(shape), [*steps, 1], *block_layout(dtype, rows, shape[-1]))
+    tensor = (Address(address, dtype), list(shape), [*steps, 1])
+    if columns is None:
+        return GluonDescriptor(*tensor, *block_layout(dtype, rows, shape[-1]))
+    return TensorDescriptor(*tensor, [1, 1, rows, columns])
 
 
 def addressable(x: Tensor) -> Tensor:

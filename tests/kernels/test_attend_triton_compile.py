@@ -21,6 +21,7 @@ from lite_compile.kernels import attend_triton, dropped_mass_triton  # noqa: E40
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
 SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+TMA_LOAD = "cp.async.bulk.tensor"
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
 
 
@@ -35,19 +36,23 @@ def compile_offline(
     arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False,
     has_kinds: bool = False, by_mass: bool = False,
 ) -> Build:  # fmt: skip
-    """Compile for `sm_<arch>` with the launch configuration of that device; 16-byte aligned pointers and strides."""
+    """Compile for `sm_<arch>` what is launched there; 16-byte aligned pointers and strides."""
     kernel = attend_triton._attend_kernel
     config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
     constants: dict[str, Any] = {
         "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
         "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
-        "BY_MASS": by_mass, "HAS_KINDS": has_kinds,
+        "BY_MASS": by_mass, "HAS_KINDS": has_kinds, "BY_TMA": config.by_tma,
     }  # fmt: skip
     if not has_bias:
         constants["key_bias"] = None
     if not has_kinds:
         constants["key_tiles"] = None
     types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
+    if config.by_tma:
+        rows = {"q": config.tile.q, "k": config.tile.k, "v": config.tile.k}
+        columns = constants["BLOCK_D"]
+        types |= {name: f"tensordesc<{POINTERS[dtype][1:]}[1,1,{rows[name]},{columns}]>" for name in rows}
     types |= {
         "key_bias": "*fp32",
         "lse": "*fp32",
@@ -81,7 +86,8 @@ def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int,
 @pytest.mark.parametrize(
     ("arch", "dtype", "head_dim"),
     [(arch, BF16, head_dim) for arch in (80, 89, 90, 100) for head_dim in (64, 128)]
-    + [(80, BF16, 80), (90, FP16, 256), (89, FP16, 256), (90, FP32, 64)],
+    + [(90, FP16, head_dim) for head_dim in (36, 64, 72, 100, 128, 256)]
+    + [(80, BF16, 80), (89, FP16, 256), (90, FP32, 64)],
 )
 @pytest.mark.parametrize(
     ("has_bias", "has_kinds"), [(False, False), (True, False), (True, True)], ids=["plain", "bias", "bias-kinds"]
@@ -95,13 +101,17 @@ def test_compiles_for(
         f"sm_{arch} {dtype} D={head_dim} bias={has_bias} kinds={has_kinds} mass={by_mass}: "
         f"{build.registers} registers, "
         f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
-        f"{build.ptx.count('cp.async.cg')} cp.async"
+        f"{build.ptx.count('cp.async.c')} cp.async, {build.ptx.count(TMA_LOAD)} by TMA"
     )
     assert build.shared_bytes <= SHARED_KB[arch] * 1024
     assert MATRIX_INSTRUCTION.search(build.ptx)
-    # The loads of the main loop are pipelined.
-    assert "cp.async.cg" in build.ptx
-    if head_dim in (64, 128):
+    # The loads of the main loop are pipelined: in pieces of 16 bytes, of fewer where rows start anywhere, or by TMA.
+    by_tma = arch == 90 and dtype is not FP32 and head_dim in (64, 72, 128)
+    assert (TMA_LOAD in build.ptx) == by_tma
+    assert ("cp.async.c" in build.ptx) == (has_bias or not by_tma)
+    if not by_tma and head_dim % 8 == 0:
+        assert "cp.async.cg" in build.ptx
+    if head_dim in (64, 128) or by_tma:
         assert build.spilled_bytes == 0
 
 
@@ -138,6 +148,22 @@ def test_unknown_capability_takes_the_nearest_lower_class(
         for head_dim in (16, 96, 256):
             expected = attend_triton.triton_tile(same_as, dtype, head_dim)
             assert attend_triton.triton_tile(capability, dtype, head_dim) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "tile"),
+    [
+        ((9, 0), BF16, 16, (64, 128)), ((9, 0), FP16, 64, (64, 128)), ((9, 0), FP16, 72, (128, 128)),
+        ((9, 1), BF16, 128, (128, 128)), ((9, 0), BF16, 36, None), ((9, 0), BF16, 100, None),
+        ((9, 0), BF16, 136, None), ((9, 0), FP32, 64, None), ((8, 9), BF16, 64, None), ((10, 0), BF16, 128, None),
+    ],
+)  # fmt: skip
+def test_tma_is_for_hopper_and_what_it_can_step_over(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, tile: tuple[int, int] | None
+) -> None:
+    assert attend_triton._launch_config(capability, dtype, head_dim).by_tma == (tile is not None)
+    if tile is not None:
+        assert attend_triton.triton_tile(capability, dtype, head_dim) == tile
 
 
 def test_old_capability_is_named() -> None:
