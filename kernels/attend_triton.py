@@ -129,8 +129,8 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
 time: the kernel mutates its state, and the tile size is the granularity of the masks."""
 
 TMA_CONFIGS = {(16, 64): _config(64, 128, 4, 3, by_tma=True), (16, 128): _config(128, 128, 8, 3, by_tma=True)}
-"""In place of `CONFIGS` on compute capability 9.x for head dims that are multiples of 8, which is what TMA can step over.
-The fastest of those measured on an H200 in bfloat16; loading by pointers, these tiles spill registers."""
+"""In place of `CONFIGS` on compute capability 9.x, for head dims that are multiples of 8, which TMA can step over. The
+fastest of those measured on an H200 in bfloat16; with loads by pointers, these tiles spill registers."""
 
 
 @triton.jit(do_not_specialize=["heads", "heads_per_kv", *SIZES], do_not_specialize_on_alignment=["threshold"])
@@ -396,8 +396,9 @@ def attend_triton(
             [triton_descriptor(x, rows, columns) for x, rows in ((q, tile.q), (k, tile.k), (v, tile.k))]
         )
     launch = plan.launch(aligned)
-    pointers, limit = (*blocks, *tensors), threshold
+    arguments: tuple[Any, ...] = (*blocks, *tensors)
+    limit: Tensor | int = threshold
     if launch.ready:
-        pointers, limit = (*block_addresses, *addresses), threshold.data_ptr()
+        arguments, limit = (*block_addresses, *addresses), threshold.data_ptr()
     with torch.cuda.device_of(q):
-        launch((plan.programs, 1, 1), (*pointers, *plan.strides, *plan.sizes, scale * LOG2_E, limit))
+        launch((plan.programs, 1, 1), (*arguments, *plan.strides, *plan.sizes, scale * LOG2_E, limit))

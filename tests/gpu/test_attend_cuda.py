@@ -27,6 +27,7 @@ SHAPES = [  # batch, heads, q_len, k_len, head_dim
     (1, 2, 333, 777, 96),
     (1, 1, 1, 130, 64),
     (2, 2, 257, 65, 40),
+    (1, 4, 300, 500, 36),
     (1, 2, 640, 640, 16),
     (1, 2, 500, 500, 72),
     (1, 2, 500, 500, 80),
@@ -231,6 +232,49 @@ def test_states_with_bias_shared_heads_and_protection_follow_the_reference(
     assert ours.float().mean() > 0.1  # protected ranges leave less to mark, larger tiles as well
     assert not ours[:, :, touched_tiles(ours.shape[2], tile.q, protected)].any()
     assert not ours[..., touched_tiles(k_tiles, tile.k, protected)].any()
+
+
+def misaligned(x: Tensor) -> Tensor:
+    """The same one element past a multiple of 16 bytes."""
+    return x.new_empty(x.numel() + 1)[1:].view(x.shape).copy_(x)
+
+
+def in_odd_rows(x: Tensor) -> Tensor:
+    """The same in rows that are one element longer than they hold."""
+    return F.pad(x, (0, 1))[..., :-1]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("dim", [36, 64, 72, 96, 128])
+@pytest.mark.parametrize("criterion", CRITERIA)
+def test_where_inputs_lie_changes_nothing(dim: int, dtype: torch.dtype, kernel: str, criterion: str) -> None:
+    """Views of `[B, S, H, D]`, contiguous tensors, and what TMA cannot address, which is copied: the same bits."""
+    if not serves(kernel, dtype, dim):
+        return
+    q, k, v = make((2, 4, 1100, 900, dim), dtype, sharpness=4.0)
+    k, v = k[:, :2], v[:, :2]
+    scale, bias, results = dim**-0.5, padding("infinite", 2, 900), []
+    places = [lambda x: x, Tensor.contiguous, misaligned, in_odd_rows, lambda x: x.mT.contiguous().mT]
+    chances = [(place,) * 3 for place in places]
+    chances += [(misaligned, places[0], places[0]), (places[0], in_odd_rows, places[0]), (*places[:2], misaligned)]
+    for chosen_places in chances:
+        tensors = [place(x) for place, x in zip(chosen_places, (q, k, v), strict=True)]
+        state, tile = new_state(q, k, kernel)
+        given = {"lse": True, "key_bias": bias, "protected": (0, 77, 600, 601), "criterion": criterion}
+        for slot in (1, 1, 1, -1):
+            out, lse = attend(*tensors, state, slot, -8.0, scale, kernel=kernel, **given)  # type: ignore[arg-type]
+            results.append((out, lse, state.clone()))
+    mask, repeated = bias[:, None, None].to(dtype), [x.repeat_interleave(2, 1) for x in (k, v)]
+    dense = F.scaled_dot_product_attention(q, *repeated, attn_mask=mask, scale=scale)
+    for out, lse, _ in results[3::4]:
+        assert (out - dense).norm() < 2e-2 * dense.norm()
+        assert (lse - results[3][1]).abs().max() < 2e-3
+    # Loads by pointers are compiled for how they are aligned, and may round differently.
+    if kernel == "hopper" or (torch.cuda.get_device_capability()[0] == 9 and dim % 8 == 0):
+        for n, result in enumerate(results):
+            assert all(torch.equal(x, y) for x, y in zip(result, results[n % 4], strict=True))
+    assert results[3][2][1, ..., row_layout(tile_count(900, tile.k)).mask_start :].any()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

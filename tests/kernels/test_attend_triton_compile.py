@@ -150,6 +150,22 @@ def test_unknown_capability_takes_the_nearest_lower_class(
             assert attend_triton.triton_tile(capability, dtype, head_dim) == expected
 
 
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "tile"),
+    [
+        ((9, 0), BF16, 16, (64, 128)), ((9, 0), FP16, 64, (64, 128)), ((9, 0), FP16, 72, (128, 128)),
+        ((9, 1), BF16, 128, (128, 128)), ((9, 0), BF16, 36, None), ((9, 0), BF16, 100, None),
+        ((9, 0), BF16, 136, None), ((9, 0), FP32, 64, None), ((8, 9), BF16, 64, None), ((10, 0), BF16, 128, None),
+    ],
+)  # fmt: skip
+def test_tma_is_for_hopper_and_what_it_can_step_over(
+    capability: tuple[int, int], dtype: torch.dtype, head_dim: int, tile: tuple[int, int] | None
+) -> None:
+    assert attend_triton._launch_config(capability, dtype, head_dim).by_tma == (tile is not None)
+    if tile is not None:
+        assert attend_triton.triton_tile(capability, dtype, head_dim) == tile
+
+
 def test_old_capability_is_named() -> None:
     with pytest.raises(ValueError, match=r"7\.5"):
         attend_triton.triton_tile((7, 5), FP16, 64)

@@ -1,13 +1,13 @@
 """`attend_triton` with TMA descriptors in Triton's interpreter, against `attend_reference` in float64.
 
-Run by `test_interpreter.py`, as `attend_cases.py` is. What is tested is what descriptors are made of, where their blocks
-start and what lies outside; the interpreter has no copy engine.
+Run by `test_interpreter.py`, as `attend_cases.py` is. What is tested is what descriptors are made of, where their
+blocks start and what lies outside; the interpreter has no copy engine.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import attend_cases
 import mass_cases
@@ -78,7 +78,7 @@ def repeated(x: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("change", [misaligned, between_others, repeated])
 @pytest.mark.parametrize("which", [0, 1, 2])
-def test_what_tma_cannot_address_is_copied(change, which: int) -> None:  # type: ignore[no-untyped-def]
+def test_what_tma_cannot_address_is_copied(change: Callable[[Tensor], Tensor], which: int) -> None:
     tensors = list(make_qkv(1, 2, 70, 130, 40, torch.float16))
     tensors[which] = change(tensors[which])
     assert not tma_blocks.is_addressable(tensors[which])
