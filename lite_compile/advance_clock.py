@@ -56,7 +56,9 @@ class ClockAdvance:
         self, clock: Tensor, latents: Sequence[Tensor], timestep: Tensor | float, conditions: Sequence[Tensor | float]
     ) -> Tensor:
         """`clock.advance`; `timestep` and `conditions` may be numbers."""
-        t = timestep if isinstance(timestep, Tensor) else torch.full((1,), float(timestep), device=clock.device)
+        t = timestep
+        if not isinstance(t, Tensor):
+            t = torch.full((1,), float(t), dtype=torch.float32, device=clock.device)
         if not self._rules.compiled:
             return self._eager(clock, latents, t, conditions)
         inputs = [self._on_device(x) for x in (*latents, t, *conditions)]
@@ -104,6 +106,7 @@ class ClockAdvance:
     def _on_device(self, x: Tensor | float) -> Tensor:
         """A tensor on the clock's device: what is compiled for several would be compiled for the CPU as well."""
         if isinstance(x, Tensor):
+            x = x.resolve_conj().resolve_neg()  # compiled code reads the memory as it is
             return x if x.device == self._rules.device else x.to(self._rules.device)
         if x not in self._numbers:
             if len(self._numbers) >= MAX_NUMBERS:

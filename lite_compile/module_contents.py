@@ -58,8 +58,11 @@ def module_tensors(module: nn.Module) -> list[Tensor]:
 
 def _read(modules: Iterable[Any]) -> list[Any]:
     """Parameters, buffers and submodules of all `modules`, None included; without a loop, since there are thousands."""
-    filled = filter(None, itertools.chain.from_iterable(map(_contents, modules)))
-    return list(itertools.chain.from_iterable(map(dict.values, filled)))
+    filled = list(filter(None, itertools.chain.from_iterable(map(_contents, modules))))
+    try:
+        return list(itertools.chain.from_iterable(map(dict.values, filled)))
+    except TypeError:  # TorchScript has containers of its own, several times slower to read
+        return list(itertools.chain.from_iterable(contents.values() for contents in filled))
 
 
 def _picker(places: list[int]) -> Any:

@@ -344,7 +344,7 @@ def dense_now(device: torch.device) -> Tensor:
     """What `attend` is told where no state may be used."""
     words = [0] * NOW_WORDS
     words[NOW_SLOT] = -1
-    words[NOW_FRACTION] = int(torch.tensor(UNKNOWN, device="cpu").view(torch.int32))
+    words[NOW_FRACTION] = int(torch.tensor(UNKNOWN, dtype=torch.float32, device="cpu").view(torch.int32))
     with torch.inference_mode(False):
         return torch.tensor(words, dtype=torch.int32, device=device)
 

@@ -67,7 +67,7 @@ def time_scale(t: Tensor, first_t: Tensor, scale: Tensor) -> Tensor:
         scale: the result at the call before; 0 at the first rise.
     """
     large = (t > UNIT) | (scale == THOUSANDS) | ((scale == 0) & (t - first_t > LARGEST_FIRST_RISE))
-    return torch.where(large, THOUSANDS, UNIT)
+    return torch.where(large, THOUSANDS, UNIT).to(torch.float32)
 
 
 def fraction_of(t: Tensor, first_t: Tensor, direction: Tensor, scale: Tensor, step: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ def fraction_of(t: Tensor, first_t: Tensor, direction: Tensor, scale: Tensor, st
 def fraction_of_steps(step: Tensor, steps: Tensor) -> Tensor:
     """The fraction where nothing but an announced number of `steps` is known (0: not even that), float32."""
     known = (steps > 0) & (step < steps)
-    return torch.where(known, step / steps.clamp(min=1), UNKNOWN).to(torch.float32)
+    return torch.where(known, step.float() / steps.clamp(min=1), UNKNOWN).to(torch.float32)
 
 
 def is_dense(step: Tensor, fraction: Tensor, steps: Tensor, dense: DenseSteps) -> Tensor:

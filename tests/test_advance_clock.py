@@ -123,6 +123,26 @@ def test_few_signatures_are_compiled(compilations: list[fx.GraphModule]) -> None
     assert len(compilations) == MAX_COMPILED
 
 
+VALUES = torch.randn(1, 5, 3, dtype=torch.complex64, generator=torch.Generator().manual_seed(0)).to(DEVICE)
+CONJUGATED = VALUES.conj()
+
+
+@pytest.mark.parametrize(
+    "first, view", [(VALUES, CONJUGATED), (-CONJUGATED.imag, CONJUGATED.imag)], ids=["conj", "neg"]
+)
+def test_conditions_that_are_to_be_negated_when_read(
+    compilations: list[fx.GraphModule], first: Tensor, view: Tensor
+) -> None:
+    """Compiled code that was made for a plain tensor, and is given one whose memory holds something else."""
+    assert view.is_conj() or view.is_neg()
+    given = [([noise(0) * (1 - 0.1 * i)], 900.0 - i, [x, 0, 0]) for i, x in enumerate((first, view, view.clone()))]
+    expected, _ = run(ClockAdvance(rules(False)), iter(given))
+    told, _ = run(ClockAdvance(rules(True)), iter(given))
+    assert torch.equal(told, expected)
+    assert expected[:, NOW_SLOT].tolist() == [0, 1, 1]
+    assert len(compilations) == 1
+
+
 @pytest.mark.parametrize("inference", [False, True], ids=["no_grad", "inference_mode"])
 def test_blocks_that_compile_the_clock_while_they_run(
     compilations: list[fx.GraphModule], monkeypatch: pytest.MonkeyPatch, inference: bool

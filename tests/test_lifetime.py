@@ -290,3 +290,36 @@ def test_on_unsupported_error_names_the_layer_and_a_way_out() -> None:
     run = torch.compile(Causal(), backend="liteattention", options={**OPTIONS, "on_unsupported": "error"})
     with torch.no_grad(), pytest.raises(lite_compile.UnsupportedAttentionError, match=r"'attn'.*attention mask"):
         run(torch.randn(1, 128, 64, device=DEVICE, dtype=DTYPE))
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole", "blocks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_has_no_say(whole: bool, dtype: torch.dtype) -> None:
+    """Many scripts leave it at 16 bits, whose timesteps would be too coarse to tell steps apart."""
+
+    def generate() -> torch.Tensor:
+        torch._dynamo.reset()
+        model = tiny_wan()
+        if whole:
+            run = compiled(model, history=True)
+        else:
+            model.compile_repeated_blocks(backend="liteattention", fullgraph=True, options={**OPTIONS, "history": True})
+            run = model
+        latents, text = noise(0), prompt(0)
+        times = [torch.tensor([999.0 - step], device=DEVICE) for step in range(5)]
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(chosen)
+        try:
+            with torch.no_grad():
+                for time in times:
+                    latents = latents - 0.1 * run(latents, time, text, return_dict=False)[0]
+        finally:
+            torch.set_default_dtype(before)
+        assert {stream.steps for stream in lite_compile.stats(model).streams} == {5}
+        assert lite_compile.stats(model).density < 1
+        return latents
+
+    chosen = torch.float32
+    expected = generate()
+    chosen = dtype
+    assert torch.equal(generate(), expected)

@@ -83,3 +83,14 @@ def test_tensors_are_those_of_all_modules() -> None:
     model = Model()
     expected = {id(x) for x in (*model.parameters(), *model.buffers())}
     assert {id(x) for x in module_tensors(model)} == expected
+
+
+def test_scripted_submodules_have_containers_of_their_own() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), torch.jit.trace(nn.Linear(4, 4), torch.zeros(1, 4)))
+    contents = ModuleContents(model)
+    gc.collect()
+    assert contents.unchanged()
+    assert {id(x) for x in module_tensors(model)} == {id(x) for x in model.parameters()}
+    with torch.no_grad():
+        model[1].weight.zero_()
+    assert not contents.unchanged()
