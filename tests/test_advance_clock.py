@@ -128,7 +128,7 @@ CONJUGATED = VALUES.conj()
 
 
 @pytest.mark.parametrize(
-    "first, view", [(VALUES, CONJUGATED), (-CONJUGATED.imag, CONJUGATED.imag)], ids=["conj", "neg"]
+    ("first", "view"), [(VALUES, CONJUGATED), (-CONJUGATED.imag, CONJUGATED.imag)], ids=["conj", "neg"]
 )
 def test_conditions_that_are_to_be_negated_when_read(
     compilations: list[fx.GraphModule], first: Tensor, view: Tensor
