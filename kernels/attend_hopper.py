@@ -147,7 +147,7 @@ def _consume(
     IS_INT: gl.constexpr = q_smem.dtype == gl.int8
     AS_BITS: gl.constexpr = IS_INT and not HAS_BIAS
     TURNS: gl.constexpr = QK_BITS == 8
-    FIRST: gl.constexpr = 1 if INDEX == 0 else 0
+    FIRST: gl.constexpr = 1 if INDEX == 0 else 0  # its first turn is passed on by nobody
     S_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, _TILE_K, 256 // QK_BITS])
     O_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, DIM, 16])
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -86,11 +87,15 @@ class ClockAdvance:
                 f"the step clock could not be compiled and runs operator by operator: {type(error).__name__}: {error}",
                 stacklevel=2,
             )
-            run = lambda clock, *inputs: (self._eager(clock, *_split(inputs, latents)),)  # noqa: E731
+            run = partial(self._as_compiled, latents)
             clock[RESET].fill_(1)  # it may have been written to in part
             now = run(clock, *inputs)[0]
         self._known[signature] = run
         return now
+
+    def _as_compiled(self, latents: int, clock: Tensor, *inputs: Tensor) -> tuple[Tensor]:
+        """What stands in for compiled code where there is none."""
+        return (self._eager(clock, *_split(inputs, latents)),)
 
     def _graph(self, inputs: int, latents: int) -> fx.GraphModule:
         """The graph of `advance` for a clock and that many inputs, the first of which are the latents."""

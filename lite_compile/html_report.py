@@ -52,7 +52,8 @@ def render_html(record: RunRecord) -> str:
     title = escape(record.title)
     body = (
         f'<h1>{title}</h1><p class="m">liteattention, {escape(record.created)}</p>{_cards(record)}{_density(record)}'
-        f"{_dropped(record)}{_thresholds(record)}{_errors(record)}{_time(record)}{_sites(record)}{_settings(record)}{_environment(record)}"
+        f"{_dropped(record)}{_thresholds(record)}{_errors(record)}{_time(record)}"
+        f"{_sites(record)}{_settings(record)}{_environment(record)}"
     )
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'

@@ -16,7 +16,7 @@ FRACTIONS = (0.0, 0.25, 0.5, 0.75, 1.0)
 """Of the trajectory: where thresholds are shown."""
 
 
-class LayerThresholds(NamedTuple):
+class ThresholdRow(NamedTuple):
     """The threshold of one layer along the trajectory."""
 
     layer: str
@@ -29,7 +29,7 @@ class LayerThresholds(NamedTuple):
 class InForce(NamedTuple):
     """What the last calls of one or of all models followed."""
 
-    thresholds: tuple[LayerThresholds, ...]
+    thresholds: tuple[ThresholdRow, ...]
     ranges: tuple[tuple[str, str], ...]
     """Name and value of `must_compute` and `must_skip`, where a graph reads them; several if models differ."""
     errors: StepErrors | None
@@ -47,7 +47,7 @@ def in_force(model: nn.Module | None) -> InForce:
     return InForce(tuple(rows.values()), tuple(ranges), errors)
 
 
-def _rows(binding: Binding) -> list[LayerThresholds]:
+def _rows(binding: Binding) -> list[ThresholdRow]:
     thresholds = binding.thresholds.thresholds
     if thresholds is None:
         return []
@@ -55,7 +55,7 @@ def _rows(binding: Binding) -> list[LayerThresholds]:
     for layer in binding.thresholds.layers:
         schedule = thresholds.schedule(layer)
         values = tuple(f"{schedule.at(fraction):.4g}" for fraction in FRACTIONS)
-        found.append(LayerThresholds(layer, values, _given(thresholds, layer, schedule)))
+        found.append(ThresholdRow(layer, values, _given(thresholds, layer, schedule)))
     return found
 
 

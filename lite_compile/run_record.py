@@ -15,7 +15,7 @@ from torch import nn
 from .control import check_model
 from .decisions import GraphReport, Reason, Report, SiteReport, report
 from .environment import describe_environment
-from .in_force import InForce, LayerThresholds, in_force
+from .in_force import InForce, ThresholdRow, in_force
 from .layer_state import layer_states
 from .layer_stats import Stats, StreamStats, stats
 from .options import Options
@@ -176,7 +176,7 @@ def _stream(entry: Mapping[str, Any]) -> StreamStats:
 def _in_force(content: Mapping[str, Any]) -> InForce:
     """Files of earlier versions have nothing of it."""
     rows = [
-        LayerThresholds(str(row["layer"]), tuple(map(str, row["values"])), str(row["given"]))
+        ThresholdRow(str(row["layer"]), tuple(map(str, row["values"])), str(row["given"]))
         for row in content.get("thresholds", ())
     ]
     ranges = tuple((str(name), str(value)) for name, value in content.get("ranges", ()))

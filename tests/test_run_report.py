@@ -18,7 +18,7 @@ import lite_compile
 from lite_compile import Schedule, StepErrors
 from lite_compile.decisions import GraphReport, Reason, Report, SiteReport
 from lite_compile.html_report import render_html
-from lite_compile.in_force import InForce, LayerThresholds
+from lite_compile.in_force import InForce, ThresholdRow
 from lite_compile.layer_stats import Stats, StreamStats
 from lite_compile.run_record import RunRecord, Setting, collect_record, from_json, read_record, to_json
 from lite_compile.run_report import render_text
@@ -82,7 +82,7 @@ def invented(word: str = "attn") -> RunRecord:
     return RunRecord(
         title=word, created=word, environment={word: word}, report=Report((GraphReport(sites, word),)),
         settings=((Setting(word, word, True),),), stats=Stats(streams), state_bytes=128, step_seconds=(0.5, 0.25, 0.25),
-        in_force=InForce((LayerThresholds(word, (word,) * 5, word),), ((word, word),), step_errors(word)),
+        in_force=InForce((ThresholdRow(word, (word,) * 5, word),), ((word, word),), step_errors(word)),
     )  # fmt: skip
 
 
