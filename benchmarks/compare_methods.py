@@ -121,7 +121,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", type=at_least(2), default=30, help="denoising steps (default: %(default)s)")
     parser.add_argument("--guidance", type=finite, default=4.0, help="guidance scale (default: %(default)s)")
     parser.add_argument("--batch", type=at_least(1), default=8, help="videos at once (default: %(default)s)")
-    parser.add_argument("--densities", type=share, nargs="+", default=[0.9, 0.8, 0.6], help="default: %(default)s")
+    parser.add_argument("--densities", type=share, nargs="*", default=[0.9, 0.8, 0.6], help="default: %(default)s")
     parser.add_argument(
         "--dense-shares", type=share, nargs="+", default=[0.25, 0.0],
         help="shares of the steps that the other methods compute in full first (default: %(default)s)",

@@ -137,6 +137,7 @@ def main() -> None:
     parser.add_argument("--no-times", action="store_true", help="leave out the two generations per row that are timed")
     parser.add_argument("--side", type=int, help="pixels of the videos' sides; default: what the model was trained on")
     parser.add_argument("--json", type=Path, help="write everything to this file")
+    parser.add_argument("--keep", type=Path, help="write the calibration files into this folder")
     args = parser.parse_args()
     logging.getLogger("diffusers").setLevel(logging.ERROR)
     share = SHARES[args.share]
@@ -189,7 +190,8 @@ def main() -> None:
     calibrated = {}
     for target in args.targets:
         start = time.perf_counter()
-        found = lite_compile.calibrate(model, run, target, prompts=given, share=share)
+        out = args.keep and args.keep / f"{setting.name}-l1-{target:g}.toml"
+        found = lite_compile.calibrate(model, run, target, prompts=given, share=share, out=out)
         row = {"calibration_seconds": time.perf_counter() - start, "calibration_met": found.met, "cost": found.cost}
         row |= measurement.rows(found.thresholds, found.budget)
         row["against_constant"] = compare(row, constants)
@@ -198,9 +200,11 @@ def main() -> None:
         save(calibrated=calibrated)
     quality = {}
     for target in args.psnr:
+        start = time.perf_counter()
         found = lite_compile.calibrate(model, run, prompts=given, share=share, target_psnr=target, value_range=(0, 1))
         assert found.quality is not None
-        row = {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
+        row = {"calibration_seconds": time.perf_counter() - start}
+        row |= {"scale": found.quality.scale, "calibration_psnr": found.quality.calibration, "cost": found.cost}
         row |= measurement.rows(found.thresholds, None)
         row["share_met"] = sum(value >= target for value in row["psnr"]) / len(row["psnr"])
         row["against_constant"] = compare(row, constants)

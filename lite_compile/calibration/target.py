@@ -21,8 +21,8 @@ EVALUATIONS = 5
 """Scales that are tried."""
 FIRST_MOVE = 2.0
 """log2 units of scale."""
-SPREAD = 1.645
-"""Standard deviations between the mean and what 95 % of a normal distribution exceed."""
+EXCEEDED_BY_95_PERCENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
+"""Quantiles of Student's t for 1, 2, ... degrees of freedom; more are counted as the last."""
 
 
 @dataclass(frozen=True)
@@ -48,8 +48,13 @@ class QualityTarget:
         finite = [value for value in values if math.isfinite(value)]
         if len(finite) < 2:
             return True
-        spread = SPREAD * math.sqrt(1 + 1 / len(finite)) * statistics.stdev(finite)
-        return statistics.mean(finite) - spread >= self.value
+        return lower_bound_of_another(finite) >= self.value
+
+
+def lower_bound_of_another(values: Sequence[float]) -> float:
+    """What one more value exceeds in 95 % of the cases, given two or more of a normal distribution."""
+    quantile = EXCEEDED_BY_95_PERCENT[min(len(values) - 1, len(EXCEEDED_BY_95_PERCENT)) - 1]
+    return statistics.mean(values) - quantile * math.sqrt(1 + 1 / len(values)) * statistics.stdev(values)
 
 
 class ScaleSearch:
