@@ -127,8 +127,6 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
         settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, settings.probe,
         tuple(masks), settings.criterion,
-        # For CPUs compiling takes longer than it saves.
-        compile_clock=settings.inner == "inductor" and device.type == "cuda",
     )  # fmt: skip
     return graph, state, report
 

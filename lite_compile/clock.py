@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from .clock_op import advance_by_kernels
 from .trajectory import DenseSteps, fraction_of, is_dense, is_refresh, time_scale
 
 # Words of the header. The last five are `announce`'s.
@@ -171,13 +172,16 @@ def advance(
         int32 `[5]`: epoch (unique per stream, generation and refresh), step, slot (-1: use no state), generation, and
         the bits of a float32: the fraction of the trajectory (`trajectory.fraction_of`).
     """
+    latents = (latents,) if isinstance(latents, Tensor) else latents
+    if clock.is_cuda:
+        dense = DenseSteps(*dense_steps)
+        return advance_by_kernels(clock, latents, timestep, conditions, max_streams, dense, refresh_every)
     slots = slot_table(clock, max_streams)
     slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slots.unbind()
     stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
 
-    latents = (latents,) if isinstance(latents, Tensor) else latents
     numel = sum(x.numel() for x in latents) % 2**31
     now = sample_latents(latents).to(clock.device)
     t = timestep.float().max().to(clock.device)

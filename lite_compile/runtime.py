@@ -135,8 +135,6 @@ class StateInputs:
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
     criterion: str = "max"
-    compile_clock: bool = False
-    """Whether a clock outside of the graph is compiled."""
 
 
 class StatefulGraph:
@@ -162,9 +160,7 @@ class StatefulGraph:
         self._names, self._history, self._probe = state.names, state.history, state.probe
         self._thresholds = state.thresholds
         self._dense_steps = state.dense_steps
-        self._clock_rules = ClockRules(
-            state.max_streams, state.device, state.dense_steps, state.refresh_every, state.compile_clock
-        )
+        self._clock_rules = ClockRules(state.max_streams, state.device, state.dense_steps, state.refresh_every)
         self._dense_layers, self._ranges = state.dense_layers, state.ranges
         self._no_ranges = range_table(NO_RANGES).to(state.device)
         self._criterion = state.criterion

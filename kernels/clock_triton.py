@@ -1,0 +1,408 @@
+"""The step clock in Triton: a launch per latent and per conditioning input, and one that decides.
+
+`clock.advance` is the specification, and says what the numbers mean; as hundreds of small operators it takes the GPU,
+and more so the host, longer than it should. Fingerprints are sums of the same terms in another order, so a clock has to
+be advanced by one of the two for as long as it lives.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .. import clock as specification
+from ..ops import NOW_EPOCH, NOW_FRACTION, NOW_GENERATION, NOW_SLOT, NOW_STEP, NOW_WORDS
+from ..trajectory import FALLS, LARGEST_FIRST_RISE, RISES, THOUSANDS, UNIT, UNKNOWN, DenseSteps
+from .launch import Launch, Launcher
+from .scratch import Scratch
+
+MAX_PROGRAMS, LEAST_WORK = 512, 4096
+"""Per conditioning input, and elements of the longest that are worth another one."""
+
+_GENERATION, _STEP, _SLOT = map(tl.constexpr, (specification.GENERATION, specification.STEP, specification.SLOT))
+_CALLS, _DENSE_CALLS, _RESET = map(
+    tl.constexpr, (specification.CALLS, specification.DENSE_CALLS, specification.RESET)
+)  # fmt: skip
+_TIMESTEP, _NUMEL, _EPOCH = map(tl.constexpr, (specification.TIMESTEP, specification.NUMEL, specification.EPOCH))
+_UNDECIDED, _DIRECTION = map(tl.constexpr, (specification.UNDECIDED, specification.DIRECTION))
+_FIRST_TIMESTEP, _TIME_SCALE = map(tl.constexpr, (specification.FIRST_TIMESTEP, specification.TIME_SCALE))
+_LAST_STEPS, _ANNOUNCED_STEPS = map(tl.constexpr, (specification.LAST_STEPS, specification.ANNOUNCED_STEPS))
+_HEADER, _SLOT_ROWS = tl.constexpr(specification._HEADER), tl.constexpr(specification._SLOT_ROWS)
+_SAMPLES, _PROJECTIONS = tl.constexpr(specification.LATENT_SAMPLES), tl.constexpr(specification.PROJECTIONS)
+_CONDITION_WORDS = tl.constexpr(specification.CONDITION_WORDS)
+_DIGIT_BITS, _WEIGHT_BITS = tl.constexpr(specification._DIGIT_BITS), tl.constexpr(specification._WEIGHT_BITS)
+_DROPPED_BITS = tl.constexpr(specification._DROPPED_BITS)
+_HASHES = tl.constexpr(specification._HASHES)
+_LARGE, _LARGE_CODE = tl.constexpr(specification._LARGE), tl.constexpr(specification._LARGE_CODE)
+_NAN_CODE = tl.constexpr(specification._NAN_CODE)
+_NEXT_STEP_COSINE, _RISING_COSINE = map(
+    tl.constexpr, (specification.NEXT_STEP_COSINE, specification.RISING_COSINE)
+)  # fmt: skip
+_SAME_TIMESTEP_COSINE = tl.constexpr(specification.SAME_TIMESTEP_COSINE)
+_PERHAPS_RISING = tl.constexpr(specification.PERHAPS_RISING)
+_FALLS, _RISES, _THOUSANDS, _UNIT = map(tl.constexpr, (FALLS, RISES, THOUSANDS, UNIT))
+_LARGEST_FIRST_RISE, _UNKNOWN = tl.constexpr(LARGEST_FIRST_RISE), tl.constexpr(UNKNOWN)
+_NOW_EPOCH, _NOW_STEP, _NOW_SLOT = map(tl.constexpr, (NOW_EPOCH, NOW_STEP, NOW_SLOT))
+_NOW_GENERATION, _NOW_FRACTION = map(tl.constexpr, (NOW_GENERATION, NOW_FRACTION))
+_LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
+_LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
+_NO_COSINE = tl.constexpr(-2.0)
+"""Below every threshold, as the NaN of an entry that did not move is."""
+
+
+@triton.jit(
+    do_not_specialize=["size", "entries", "start", "share", "span"],
+    do_not_specialize_on_alignment=["x", "clock", "samples", "verdicts"],
+)
+def compare_latents(x, clock, samples, verdicts, size, entries, start, share, span, slots):
+    """Sample one latent, and compare the samples with those of the last call and of the generation's first one.
+
+    Args:
+        x: the latent, `size` elements, of which `entries` parts of equal size are judged one by one.
+        samples: float32 `[LATENT_SAMPLES]`; `share` samples from `start` on are written, and zeros up to `span`.
+        verdicts: float32 `[4]`: smallest cosine, whether all equal the last call's, whether any differs from the first
+            call's, whether all are finite.
+        slots: words of the clock's slot table.
+    """
+    index = tl.arange(0, _SAMPLES)
+    inside = index < share
+    stride = (size + share - 1) // share
+    wide = index.to(tl.int64)
+    position = (wide * stride + (wide * 40503 // 8) % stride) % size
+    now = tl.load(x + position, mask=inside, other=0).to(tl.float32)
+    stored = clock + _HEADER + slots + start + index
+    last = tl.load(stored, mask=index < span, other=0).to(tl.float32, bitcast=True)
+    first = tl.load(stored + _SAMPLES, mask=index < span, other=0).to(tl.float32, bitcast=True)
+    changed = now != last
+    moved, was = tl.where(changed, now, 0.0), tl.where(changed, last, 0.0)
+    owner = position // ((size + entries - 1) // entries)
+    cosine = 2.0
+    for entry in range(entries):
+        own = inside & (owner == entry)
+        dot = tl.sum(tl.where(own, moved * was, 0.0), 0)
+        squares = tl.sum(tl.where(own, moved * moved, 0.0), 0)
+        last_squares = tl.sum(tl.where(own, was * was, 0.0), 0)
+        found = dot / (tl.sqrt(squares) * tl.sqrt(last_squares))
+        cosine = tl.minimum(cosine, tl.where(found == found, found, _NO_COSINE))
+    differs = tl.where(index < span, (now != first).to(tl.int32), 0)
+    unequal = tl.where(index < span, changed.to(tl.int32), 0)
+    infinite = 1 - (tl.abs(now) <= _LARGEST_FLOAT).to(tl.int32)
+    tl.store(samples + start + index, now, mask=index < span)
+    tl.store(verdicts, cosine)
+    tl.store(verdicts + 1, 1.0 - tl.max(unequal, 0))
+    tl.store(verdicts + 2, tl.max(differs, 0).to(tl.float32))
+    tl.store(verdicts + 3, 1.0 - tl.max(infinite, 0))
+
+
+@triton.jit
+def _tame(x, LARGEST: tl.constexpr):
+    """`clock._tame`. The logarithms are taken only where there is a number that needs one."""
+    size = tl.minimum(tl.abs(x), LARGEST)
+    size = tl.where(x == x, size, 0.0)
+    if tl.max(size, 0) > _LARGE:
+        code = _LARGE_CODE + tl.log2(tl.maximum(size, 1.0))
+        x = tl.where(size > _LARGE, tl.where(x < 0, -code, code), x)
+    return tl.where(x == x, x, _NAN_CODE)
+
+
+@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x", "partials"])
+def project(x, partials, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
+    """This program's part of the projections of `x` `[size]`; `partials`: float64 `[programs, PROJECTIONS]`.
+
+    IS_WIDE: whether float32 does not hold all that the dtype of `x` does.
+    """
+    program = tl.program_id(0)
+    blocks = tl.cdiv(size, BLOCK)
+    per_program = tl.cdiv(blocks, tl.num_programs(0))
+    place = tl.arange(0, BLOCK).to(tl.int64)
+    sum_0 = tl.zeros([BLOCK], tl.float64)
+    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
+    for block in range(program * per_program, tl.minimum((program + 1) * per_program, blocks)):
+        index = (tl.zeros_like(place) + block) * BLOCK + place
+        value = tl.load(x + index, mask=index < size, other=0)
+        if IS_WIDE:
+            value = _tame(value.to(tl.float64), _LARGEST_DOUBLE)
+        else:
+            value = _tame(value.to(tl.float32), _LARGEST_FLOAT).to(tl.float64)
+        low = (index & (2**_DIGIT_BITS - 1)).to(tl.int32)
+        middle = ((index >> _DIGIT_BITS) & (2**_DIGIT_BITS - 1)).to(tl.int32)
+        high = (index >> (2 * _DIGIT_BITS)).to(tl.int32)
+        sum_0 += value * _weight(low, middle, high, 0)
+        sum_1 += value * _weight(low, middle, high, 1)
+        sum_2 += value * _weight(low, middle, high, 2)
+        sum_3 += value * _weight(low, middle, high, 3)
+    partials += program * _PROJECTIONS
+    tl.store(partials, tl.sum(sum_0, 0))
+    tl.store(partials + 1, tl.sum(sum_1, 0))
+    tl.store(partials + 2, tl.sum(sum_2, 0))
+    tl.store(partials + 3, tl.sum(sum_3, 0))
+
+
+@triton.jit
+def _weight(low, middle, high, NUMBER: tl.constexpr):
+    """float64 weights of one projection."""
+    hashed = low * _HASHES[NUMBER][0] + middle * _HASHES[NUMBER][1] + high * _HASHES[NUMBER][2]
+    return (((hashed >> _DROPPED_BITS) & (2**_WEIGHT_BITS - 1)) + 1).to(tl.float64)
+
+
+@triton.jit
+def _fingerprint(partials, number, PROGRAMS: tl.constexpr):
+    """Lower and upper int32 words of the projections of one conditioning input, `[PROJECTIONS]` each."""
+    row, column = tl.arange(0, PROGRAMS), tl.arange(0, _PROJECTIONS)
+    part = tl.load(partials + (number * PROGRAMS + row[:, None]) * _PROJECTIONS + column[None, :])
+    bits = tl.sum(part, 0).to(tl.int64, bitcast=True)
+    return (bits & 0xFFFFFFFF).to(tl.int32), (bits >> 32).to(tl.int32)
+
+
+@triton.jit
+def _largest_time(timestep, count):
+    """float32 maximum of the timesteps; NaN if one is."""
+    place = tl.arange(0, 1024)
+    largest = tl.full([1024], float("-inf"), tl.float32)
+    strange = tl.zeros([1024], tl.int32)
+    for start in range(0, count, 1024):
+        inside = start + place < count
+        value = tl.load(timestep + start + place, mask=inside, other=0).to(tl.float32)
+        strange |= (value != value).to(tl.int32)
+        largest = tl.maximum(largest, tl.where(inside & (value == value), value, float("-inf")))
+    return tl.where(tl.max(strange, 0) > 0, float("nan"), tl.max(largest, 0))
+
+
+@triton.jit
+def _is_finite(x):
+    return tl.abs(x) <= _LARGEST_FLOAT
+
+
+@triton.jit(
+    do_not_specialize=[
+        "latents", "conditions", "numel", "times", "max_streams", "refresh_every", "dense_first", "dense_last",
+    ],
+    do_not_specialize_on_alignment=["clock", "samples", "verdicts", "partials", "timestep", "now"],
+)  # fmt: skip
+def decide(
+    clock, samples, verdicts, partials, timestep, now,
+    latents, conditions, numel, times, max_streams, refresh_every, dense_first, dense_last,
+    SLOTS: tl.constexpr, PROGRAMS: tl.constexpr, COUNT_FIRST: tl.constexpr, COUNT_LAST: tl.constexpr,
+):  # fmt: skip
+    """`clock.advance` from `samples_last` on. One program.
+
+    Args:
+        samples, verdicts: of `compare_latents`, the latter float32 `[latents, 4]`.
+        partials: of `project`, float64 `[conditions, PROGRAMS, PROJECTIONS]`.
+        timestep: `[times]`.
+        now: int32 `[NOW_WORDS]`, written.
+        dense_first, dense_last: as in `DenseSteps`, int32, where COUNT_...; else float32, the fractions up to which and
+            from which on steps are dense.
+        SLOTS: power of two, not below `max_streams`.
+    """
+    generation = tl.load(clock + _GENERATION)
+    step = tl.load(clock + _STEP)
+    was_undecided = tl.load(clock + _UNDECIDED) != 0
+    direction = tl.load(clock + _DIRECTION)
+    epoch_count = tl.load(clock + _EPOCH)
+    calls, dense_calls = tl.load(clock + _CALLS), tl.load(clock + _DENSE_CALLS)
+    last_steps, announced = tl.load(clock + _LAST_STEPS), tl.load(clock + _ANNOUNCED_STEPS)
+    last_t = tl.load(clock + _TIMESTEP).to(tl.float32, bitcast=True)
+    first_t = tl.load(clock + _FIRST_TIMESTEP).to(tl.float32, bitcast=True)
+    scale = tl.load(clock + _TIME_SCALE).to(tl.float32, bitcast=True)
+    started = (generation > 0) & (tl.load(clock + _RESET) == 0) & (tl.load(clock + _NUMEL) == numel)
+    t = _largest_time(timestep, times)
+
+    cosine, identical, differs, finite = 2.0, 1.0, 0.0, 1.0
+    for i in range(latents):
+        cosine = tl.minimum(cosine, tl.load(verdicts + 4 * i))
+        identical = tl.minimum(identical, tl.load(verdicts + 4 * i + 1))
+        differs = tl.maximum(differs, tl.load(verdicts + 4 * i + 2))
+        finite = tl.minimum(finite, tl.load(verdicts + 4 * i + 3))
+
+    slot = tl.arange(0, SLOTS)
+    live = slot < max_streams
+    table = clock + _HEADER + slot
+    slot_generation = tl.load(table, mask=live, other=0)
+    slot_step = tl.load(table + max_streams, mask=live, other=0)
+    slot_epoch = tl.load(table + 2 * max_streams, mask=live, other=0)
+    slot_dense = tl.load(table + 3 * max_streams, mask=live, other=0)
+    slot_began = tl.load(table + 4 * max_streams, mask=live, other=0)
+    stored = clock + _HEADER + _SLOT_ROWS * max_streams
+    column = 2 * tl.arange(0, _PROJECTIONS)
+    known = stored + 2 * _SAMPLES + slot[:, None] * (conditions * _CONDITION_WORDS) + column[None, :]
+    is_known = tl.where(live, 1, 0)
+    for i in range(conditions):
+        low, high = _fingerprint(partials, i, PROGRAMS)
+        at = known + i * _CONDITION_WORDS
+        known_low = tl.load(at, mask=live[:, None], other=0)
+        known_high = tl.load(at + 1, mask=live[:, None], other=0)
+        equal = (known_low == low[None, :]) & (known_high == high[None, :])
+        is_known = tl.minimum(is_known, tl.min(equal.to(tl.int32), 1))
+    known_now = is_known > 0
+
+    delta = t - last_t
+    moved = started & (identical == 0) & (differs > 0) & _is_finite(t) & _is_finite(last_t) & (finite > 0)
+    moved_on = moved & (cosine >= _NEXT_STEP_COSINE)
+    falls = (delta < 0) & ((direction == 0) | (direction == _FALLS))
+    rises = (delta > 0) & ((direction == _RISES) | ((direction != _FALLS) & (cosine >= _RISING_COSINE)))
+    next_step = moved_on & (falls | rises)
+    perhaps_rising = moved_on & (delta > 0) & ((direction == 0) | (direction == _PERHAPS_RISING))
+    again = moved & (delta == 0) & (cosine >= _SAME_TIMESTEP_COSINE) & (step > 0)
+    seen_slots = live & known_now & (slot_generation == generation) & (slot_step == step)
+    seen = tl.max(seen_slots.to(tl.int32), 0) > 0
+    same_step = started & (identical > 0) & (delta == 0) & ((step != 0) | (seen == 0))
+    undecided = again | (same_step & was_undecided)
+    new = (same_step | next_step | again) == 0
+
+    last_steps = tl.where(new & (generation > 0), step + 1, last_steps)
+    generation += new.to(tl.int32)
+    step = tl.where(new, 0, step + next_step.to(tl.int32))
+    sign = (delta > 0).to(tl.int32) - (delta < 0).to(tl.int32)
+    direction = tl.where(next_step, sign, direction)
+    direction = tl.where(new, _PERHAPS_RISING * perhaps_rising.to(tl.int32), direction)
+    first_t = tl.where(new, t, first_t)
+    is_large = (t > _UNIT) | (scale == _THOUSANDS) | ((scale == 0) & (t - first_t > _LARGEST_FIRST_RISE))
+    scale = tl.where(direction == _RISES, tl.where(is_large, _THOUSANDS, _UNIT), 0.0)
+    noise = tl.where(direction == _RISES, scale - t, t)
+    most = tl.where(direction == _RISES, scale - first_t, first_t)
+    fraction = 1 - tl.div_rn(noise, most)
+    placed = _is_finite(fraction) & (most > 0) & (noise >= 0) & ((direction == _RISES) | (direction == _FALLS))
+    fraction = tl.where(placed, tl.minimum(tl.maximum(fraction, 0.0), 1.0), _UNKNOWN)
+    fraction = tl.where(step == 0, 0.0, fraction)
+    steps = tl.where(announced > 0, announced, last_steps)
+    dense = step < dense_first if COUNT_FIRST else (fraction < dense_first) & (dense_first > 0)
+    if COUNT_LAST:
+        dense |= (step >= steps - dense_last) & (step < steps)
+    else:
+        dense |= ((fraction >= dense_last) | (fraction < 0)) & (dense_last < 1)
+
+    current = slot_generation == generation
+    matches = current & (slot_step < step) & known_now
+    idle = current & (slot_step < step - 1)
+    rank = tl.where(matches, 0, tl.where(current, tl.where(idle, 2, 3), 1))
+    best = tl.min(tl.where(live, rank * max_streams + slot, 4 * max_streams), 0)
+    usable = (best < 3 * max_streams) & (undecided == 0)
+    chosen = tl.where(usable, best % max_streams, -1)
+    taken = slot == chosen
+    begins = tl.where(taken, best, -1) >= max_streams
+    divisor = tl.maximum(refresh_every, 1)
+    due = (refresh_every > 0) & (step // divisor > slot_step // divisor)
+    renewed = begins | (taken & due)
+    epoch_count += tl.max(renewed.to(tl.int32), 0)
+    slot_epoch = tl.where(renewed, epoch_count, slot_epoch)
+    epoch = tl.sum(tl.where(taken, slot_epoch, 0), 0)
+    used = tl.where(dense, -1, chosen)
+
+    tl.debug_barrier()  # what other warps read above is written below
+    tl.store(clock + _GENERATION, generation)
+    tl.store(clock + _STEP, step)
+    tl.store(clock + _SLOT, chosen)
+    tl.store(clock + _CALLS, calls + 1)
+    tl.store(clock + _DENSE_CALLS, dense_calls + (used < 0).to(tl.int32))
+    tl.store(clock + _RESET, 0)
+    tl.store(clock + _TIMESTEP, t.to(tl.int32, bitcast=True))
+    tl.store(clock + _NUMEL, numel)
+    tl.store(clock + _EPOCH, epoch_count)
+    tl.store(clock + _UNDECIDED, undecided.to(tl.int32))
+    tl.store(clock + _DIRECTION, direction)
+    tl.store(clock + _FIRST_TIMESTEP, first_t.to(tl.int32, bitcast=True))
+    tl.store(clock + _TIME_SCALE, scale.to(tl.int32, bitcast=True))
+    tl.store(clock + _LAST_STEPS, last_steps)
+    tl.store(table, tl.where(taken, generation, slot_generation), mask=live)
+    tl.store(table + max_streams, tl.where(taken, step, slot_step), mask=live)
+    tl.store(table + 2 * max_streams, slot_epoch, mask=live)
+    tl.store(table + 3 * max_streams, tl.where(taken, dense.to(tl.int32), slot_dense), mask=live)
+    tl.store(table + 4 * max_streams, tl.where(begins, epoch_count, slot_began), mask=live)
+    index = tl.arange(0, _SAMPLES)
+    sample = tl.load(samples + index).to(tl.int32, bitcast=True)
+    tl.store(stored + index, sample)
+    tl.store(stored + _SAMPLES + index, sample, mask=index < tl.where(new, _SAMPLES, 0))
+    for i in range(conditions):
+        low, high = _fingerprint(partials, i, PROGRAMS)
+        at = known + i * _CONDITION_WORDS
+        tl.store(at, low[None, :] + tl.zeros_like(slot)[:, None], mask=begins[:, None])
+        tl.store(at + 1, high[None, :] + tl.zeros_like(slot)[:, None], mask=begins[:, None])
+    tl.store(now + _NOW_EPOCH, epoch)
+    tl.store(now + _NOW_STEP, step)
+    tl.store(now + _NOW_SLOT, used)
+    tl.store(now + _NOW_GENERATION, generation)
+    tl.store(now + _NOW_FRACTION, fraction.to(tl.int32, bitcast=True))
+
+
+_compare, _project, _decide = map(Launcher, (compare_latents, project, decide))
+
+
+class _Plan(NamedTuple):
+    """What follows from the number and kinds of inputs."""
+
+    scratch: Scratch
+    """`samples`, `verdicts`, `partials`."""
+    compare: tuple[Launch, ...]
+    project: tuple[Launch, ...]
+    decide: Launch
+
+
+@functools.lru_cache(256)
+def _plan(
+    device: int, latents: tuple[torch.dtype, ...], timestep: torch.dtype,
+    conditions: tuple[tuple[torch.dtype, bool], ...], programs: int, max_streams: int,
+    count_first: bool, count_last: bool,
+) -> _Plan:  # fmt: skip
+    scratch = Scratch.of(
+        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), 4), torch.float32),
+        ((len(conditions), programs, specification.PROJECTIONS), torch.float64),
+    )  # fmt: skip
+    constants = {
+        "SLOTS": triton.next_power_of_2(max_streams), "PROGRAMS": programs,
+        "COUNT_FIRST": count_first, "COUNT_LAST": count_last,
+    }  # fmt: skip
+    narrow = (torch.float16, torch.bfloat16)
+    return _Plan(
+        scratch,
+        tuple(_compare.variant(device, dtype, {}, num_warps=8) for dtype in latents),
+        tuple(
+            _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind[0] not in narrow}, num_warps=8)
+            for kind in conditions
+        ),
+        _decide.variant(device, timestep, constants, num_warps=8),
+    )
+
+
+def advance_triton(
+    clock: Tensor, latents: Sequence[Tensor], timestep: Tensor, conditions: Sequence[Tensor], max_streams: int,
+    dense_steps: DenseSteps, refresh_every: int,
+) -> Tensor:  # fmt: skip
+    """`clock.advance`.
+
+    Args:
+        clock: int32, contiguous; written.
+        latents: tensors of any shape, a batch entry per element of the first dimension.
+        timestep: up to `clock_op.MAX_TIMES` elements.
+        conditions: one or more tensors; contiguous like the latents and timestep, on the clock's device, of dtypes in
+            `clock_op.LOADED`.
+        max_streams, dense_steps, refresh_every: as `clock.advance` takes them.
+    """
+    first, last = dense_steps
+    longest = max(x.numel() for x in conditions)
+    programs = min(MAX_PROGRAMS, triton.next_power_of_2(max(1, longest // LEAST_WORK)))
+    plan = _plan(
+        clock.get_device(), tuple(x.dtype for x in latents), timestep.dtype,
+        tuple((x.dtype, x.numel() >= 2**31) for x in conditions), programs, max_streams, isinstance(first, int),
+        isinstance(last, int),
+    )  # fmt: skip
+    samples, verdicts, partials = plan.scratch.tensors(plan.scratch.allocate(clock.device))
+    now = clock.new_empty(NOW_WORDS)
+    share, slots = specification.LATENT_SAMPLES // len(latents), specification._SLOT_ROWS * max_streams
+    with torch.cuda.device_of(clock):
+        for i, (x, compare) in enumerate(zip(latents, plan.compare, strict=True)):
+            span = share if i + 1 < len(latents) else specification.LATENT_SAMPLES - i * share
+            entries = min(x.shape[0], specification.MAX_ENTRIES) if x.dim() else 1
+            compare((1, 1, 1), (x, clock, samples, verdicts[i], x.numel(), entries, i * share, share, span, slots))
+        for x, partial, project in zip(conditions, partials, plan.project, strict=True):
+            project((programs, 1, 1), (x, partial, x.numel()))
+        sizes = (len(latents), len(conditions), sum(x.numel() for x in latents) % 2**31, timestep.numel())
+        rules = (max_streams, refresh_every, first, last if isinstance(last, int) else 1 - last)
+        plan.decide((1, 1, 1), (clock, samples, verdicts, partials, timestep, now, *sizes, *rules))
+    return now
