@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,7 +19,7 @@ from torch import Tensor
 from .. import clock as specification
 from ..ops import NOW_EPOCH, NOW_FRACTION, NOW_GENERATION, NOW_SLOT, NOW_STEP, NOW_WORDS
 from ..trajectory import FALLS, LARGEST_FIRST_RISE, RISES, THOUSANDS, UNIT, UNKNOWN, DenseSteps
-from .launch import Launch, Launcher
+from .launch import Launch, Launcher, address_of
 from .scratch import Scratch
 
 MAX_PROGRAMS, LEAST_WORK = 512, 4096
@@ -57,24 +57,31 @@ _NO_COSINE = tl.constexpr(-2.0)
 
 
 @triton.jit(
-    do_not_specialize=["size", "entries", "start", "share", "span"],
+    do_not_specialize=["number", "size", "entries", "share", "span", "slots"],
     do_not_specialize_on_alignment=["x", "clock", "samples", "verdicts"],
 )
-def compare_latents(x, clock, samples, verdicts, size, entries, start, share, span, slots):
+def compare_latents(
+    x, clock, samples, verdicts, number, size, entries, share, span, slots, IS_LARGE: tl.constexpr
+):  # fmt: skip
     """Sample one latent, and compare the samples with those of the last call and of the generation's first one.
 
     Args:
         x: the latent, `size` elements, of which `entries` parts of equal size are judged one by one.
-        samples: float32 `[LATENT_SAMPLES]`; `share` samples from `start` on are written, and zeros up to `span`.
-        verdicts: float32 `[4]`: smallest cosine, whether all equal the last call's, whether any differs from the first
-            call's, whether all are finite.
+        samples: float32 `[LATENT_SAMPLES]`, of which those from `number * share` on are written: `share` of the latent,
+            and zeros up to `span`.
+        verdicts: float32 `[latents, 4]`, of which row `number` is written: smallest cosine, whether all equal the last
+            call's, whether any differs from the first call's, whether all are finite.
         slots: words of the clock's slot table.
+        IS_LARGE: whether positions need 64 bits.
     """
+    start = number * share
+    verdicts += 4 * number
     index = tl.arange(0, _SAMPLES)
     inside = index < share
     stride = (size + share - 1) // share
-    wide = index.to(tl.int64)
-    position = (wide * stride + (wide * 40503 // 8) % stride) % size
+    if IS_LARGE:
+        index = index.to(tl.int64)
+    position = (index * stride + (index * 40503 // 8) % stride) % size
     now = tl.load(x + position, mask=inside, other=0).to(tl.float32)
     stored = clock + _HEADER + slots + start + index
     last = tl.load(stored, mask=index < span, other=0).to(tl.float32, bitcast=True)
@@ -111,10 +118,11 @@ def _tame(x, LARGEST: tl.constexpr):
     return tl.where(x == x, x, _NAN_CODE)
 
 
-@triton.jit(do_not_specialize=["size"], do_not_specialize_on_alignment=["x", "partials"])
-def project(x, partials, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
-    """This program's part of the projections of `x` `[size]`; `partials`: float64 `[programs, PROJECTIONS]`.
+@triton.jit(do_not_specialize=["number", "size"], do_not_specialize_on_alignment=["x", "partials"])
+def project(x, partials, number, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
+    """This program's part of the projections of `x` `[size]`, which is input `number`.
 
+    partials: float64 `[inputs, programs, PROJECTIONS]`.
     IS_WIDE: whether float32 does not hold all that the dtype of `x` does.
     """
     program = tl.program_id(0)
@@ -137,7 +145,7 @@ def project(x, partials, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
         sum_1 += value * _weight(low, middle, high, 1)
         sum_2 += value * _weight(low, middle, high, 2)
         sum_3 += value * _weight(low, middle, high, 3)
-    partials += program * _PROJECTIONS
+    partials += (number * tl.num_programs(0) + program) * _PROJECTIONS
     tl.store(partials, tl.sum(sum_0, 0))
     tl.store(partials + 1, tl.sum(sum_1, 0))
     tl.store(partials + 2, tl.sum(sum_2, 0))
@@ -343,10 +351,15 @@ class _Plan(NamedTuple):
     project: tuple[Launch, ...]
     decide: Launch
 
+    @property
+    def ready(self) -> bool:
+        """Whether all is compiled, so that addresses do."""
+        return self.decide.ready and all(launch.ready for launch in (*self.compare, *self.project))
+
 
 @functools.lru_cache(256)
 def _plan(
-    device: int, latents: tuple[torch.dtype, ...], timestep: torch.dtype,
+    device: int, latents: tuple[tuple[torch.dtype, bool], ...], timestep: torch.dtype,
     conditions: tuple[tuple[torch.dtype, bool], ...], programs: int, max_streams: int,
     count_first: bool, count_last: bool,
 ) -> _Plan:  # fmt: skip
@@ -361,7 +374,7 @@ def _plan(
     narrow = (torch.float16, torch.bfloat16)
     return _Plan(
         scratch,
-        tuple(_compare.variant(device, dtype, {}, num_warps=8) for dtype in latents),
+        tuple(_compare.variant(device, dtype, {"IS_LARGE": large}, num_warps=16) for dtype, large in latents),
         tuple(
             _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind[0] not in narrow}, num_warps=8)
             for kind in conditions
@@ -388,21 +401,23 @@ def advance_triton(
     longest = max(x.numel() for x in conditions)
     programs = min(MAX_PROGRAMS, triton.next_power_of_2(max(1, longest // LEAST_WORK)))
     plan = _plan(
-        clock.get_device(), tuple(x.dtype for x in latents), timestep.dtype,
+        clock.get_device(), tuple((x.dtype, x.numel() >= 2**30) for x in latents), timestep.dtype,
         tuple((x.dtype, x.numel() >= 2**31) for x in conditions), programs, max_streams, isinstance(first, int),
         isinstance(last, int),
     )  # fmt: skip
-    samples, verdicts, partials = plan.scratch.tensors(plan.scratch.allocate(clock.device))
-    now = clock.new_empty(NOW_WORDS)
+    buffer, now = plan.scratch.allocate(clock.device), clock.new_empty(NOW_WORDS)
+    samples, verdicts, partials = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
+    given: tuple[Any, ...] = (clock, timestep, now, *latents, *conditions)
+    clock_at, times_at, now_at, *inputs = map(address_of, given) if plan.ready else given
     share, slots = specification.LATENT_SAMPLES // len(latents), specification._SLOT_ROWS * max_streams
     with torch.cuda.device_of(clock):
-        for i, (x, compare) in enumerate(zip(latents, plan.compare, strict=True)):
+        for i, (x, launch) in enumerate(zip(latents, plan.compare, strict=True)):
             span = share if i + 1 < len(latents) else specification.LATENT_SAMPLES - i * share
-            entries = min(x.shape[0], specification.MAX_ENTRIES) if x.dim() else 1
-            compare((1, 1, 1), (x, clock, samples, verdicts[i], x.numel(), entries, i * share, share, span, slots))
-        for x, partial, project in zip(conditions, partials, plan.project, strict=True):
-            project((programs, 1, 1), (x, partial, x.numel()))
+            entries = min(x.shape[0], specification.MAX_ENTRIES)
+            launch((1, 1, 1), (inputs[i], clock_at, samples, verdicts, i, x.numel(), entries, share, span, slots))
+        for i, (x, launch) in enumerate(zip(conditions, plan.project, strict=True)):
+            launch((programs, 1, 1), (inputs[len(latents) + i], partials, i, x.numel()))
         sizes = (len(latents), len(conditions), sum(x.numel() for x in latents) % 2**31, timestep.numel())
         rules = (max_streams, refresh_every, first, last if isinstance(last, int) else 1 - last)
-        plan.decide((1, 1, 1), (clock, samples, verdicts, partials, timestep, now, *sizes, *rules))
+        plan.decide((1, 1, 1), (clock_at, samples, verdicts, partials, times_at, now_at, *sizes, *rules))
     return now

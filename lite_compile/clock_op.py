@@ -10,9 +10,11 @@ from torch import Tensor
 from .ops import NOW_WORDS
 from .trajectory import DenseSteps
 
-LOADED = (
-    torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
-    torch.int32, torch.int64,
+LOADED = frozenset(
+    {
+        torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.bool, torch.uint8, torch.int8, torch.int16,
+        torch.int32, torch.int64,
+    }
 )  # fmt: skip
 """Dtypes that the kernels read. Others are converted before."""
 MAX_TIMES = 1 << 16
@@ -46,6 +48,8 @@ def _readable(x: Tensor | int | float, device: torch.device) -> Tensor:
     """`x` as the kernels read it: contiguous, on the device, of a dtype they know, and as it lies in memory."""
     if not isinstance(x, Tensor):
         return torch.full((1,), x, dtype=torch.float64, device=device)
+    if x.dtype in LOADED and x.device == device and x.is_contiguous() and not x.is_neg():
+        return x
     x = x.resolve_conj().resolve_neg()
     if x.is_complex():
         x = torch.view_as_real(x)

@@ -48,7 +48,7 @@ def test_numbers_for_timestep_and_conditions() -> None:
 def test_more_numbers_than_are_kept() -> None:
     steps = 2 * MAX_NUMBERS
     x = noise(0)
-    told = run(([x * (1 - i / 1000)], 1000.0 - i, [7.5, i // 2, 0]) for i in range(steps))
+    told = run(([x * (1 - i / 256)], 1000.0 - i, [7.5, i // 2, 0]) for i in range(steps))
     assert told[:, NOW_STEP].tolist() == list(range(steps))
 
 

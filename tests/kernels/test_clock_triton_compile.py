@@ -28,10 +28,11 @@ def compile_offline(arch: int, kernel: Any, constants: dict[str, Any], **types: 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", ["bf16", "fp32", "i64"])
 def test_what_reads_inputs(arch: int, dtype: str) -> None:
-    assert ".entry compare_latents" in compile_offline(
-        arch, clock_triton.compare_latents, {}, x=f"*{dtype}", clock="*i32", samples="*fp32", verdicts="*fp32"
-    )
     for size in ("i32", "i64"):
+        assert ".entry compare_latents" in compile_offline(
+            arch, clock_triton.compare_latents, {"IS_LARGE": size == "i64"}, x=f"*{dtype}", clock="*i32",
+            samples="*fp32", verdicts="*fp32", size=size,
+        )  # fmt: skip
         ptx = compile_offline(
             arch,
             clock_triton.project,
