@@ -174,8 +174,8 @@ def advance(
     """
     latents = (latents,) if isinstance(latents, Tensor) else latents
     if clock.is_cuda:
-        dense = DenseSteps(*dense_steps)
-        return advance_by_kernels(clock, latents, timestep, conditions, max_streams, dense, refresh_every)
+        rules = (max_streams, DenseSteps(*dense_steps), refresh_every)
+        return advance_by_kernels(clock, latents, timestep, conditions, *rules)
     slots = slot_table(clock, max_streams)
     slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slots.unbind()
     stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)

@@ -48,9 +48,9 @@ def _readable(x: Tensor | int | float, device: torch.device) -> Tensor:
     """`x` as the kernels read it: contiguous, on the device, of a dtype they know, and as it lies in memory."""
     if not isinstance(x, Tensor):
         return torch.full((1,), x, dtype=torch.float64, device=device)
-    if x.dtype in LOADED and x.device == device and x.is_contiguous() and not x.is_neg():
-        return x
     x = x.resolve_conj().resolve_neg()
+    if x.dtype in LOADED and x.device == device and x.is_contiguous():
+        return x
     if x.is_complex():
         x = torch.view_as_real(x)
     if x.dtype not in LOADED:
