@@ -19,15 +19,14 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION, FORWARD = (
-    ("bench-gpu-h200.json", "bench-gpu-h100.json"),
-    ("bench-forward-h200.json", "bench-forward-h100.json"),
-)
+ATTENTION, FORWARD = ("bench-gpu-h200-more.json", "bench-gpu-h200.json"), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
-CALIBRATION = "calibration-long-h200.json"
+CALIBRATION, FIDELITY = "calibration-long-h200.json", "fidelity-long-h200.json"
 MODELS = {
     "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
     "14b": "Wan2.1-14B, 720p, 75,600 tokens",
+    "14b-deep": "Wan2.1-14B, 720p, 75,600 tokens",
+    "1.3b-short": "Wan2.1-1.3B, 4,096 tokens",
 }
 Row = dict[str, Any]
 
@@ -113,9 +112,9 @@ def forward() -> str:
         found = [row for row in measured if row["model"] == model]
         dense = found[0]["inductor_cudnn_ms"]
         cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
-        rows.append((MODELS[model], str(found[0]["layers"]), f"{dense:.0f}", *cells))
+        rows.append((MODELS[model], str(found[0]["layers"]), found[0]["compiled"], f"{dense:.0f}", *cells))
     shares = [percent(row) for row in measured[: len(measured) // len(rows)]]
-    header = ("model", "layers", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
+    header = ("model", "layers", "compiled", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
     return table(header, rows) + about
 
 
@@ -135,7 +134,7 @@ def suites() -> str:
 
 def fidelity() -> str:
     """Every method at every density, against dense videos of the same seeds."""
-    run = load("fidelity-long-h100.json")
+    run = load(FIDELITY)
     header = [
         "density",
         "method",
@@ -145,7 +144,7 @@ def fidelity() -> str:
         "SSIM: mean (worst)",
         "flicker",
     ]
-    header += ["digits right", "directions right"]
+    header += ["digits right", "directions right", "seconds per video"]
     rows = []
     for row in run["rows"]:
         psnr = "equal" if row["psnr_mean"] is None else f"{row['psnr_mean']:.1f} ({row['psnr_worst']:.1f})"
@@ -157,9 +156,10 @@ def fidelity() -> str:
         digits = f"{row['digits_right']} of {row['digits_of']}"
         ways = f"{row['directions_right']} of {row['directions_of']}"
         cells = (row["method"], threshold, dense, psnr, ssim, f"{row['flicker']:.2f}", digits, ways)
+        cells += (f"{row['seconds']:.2f}",)
         rows.append((f"{row['density']:.3f}", *cells))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
-    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/fidelity-long-h100.json`)."
+    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/{FIDELITY}`)."
     return table(header, rows) + f"\n{about}\n"
 
 
@@ -167,7 +167,7 @@ def calibration() -> str:
     """Calibrated and constant thresholds on generations that calibration did not see."""
     run = load(CALIBRATION)
     header = ["threshold", "layer-steps within their budget", "within the target", "density", "PSNR, dB: mean"]
-    header += ["of it the worst", "reach the target", "seconds"]
+    header += ["of it the worst", "reach the target", "seconds per video", "seconds to calibrate"]
     header += ["density less than of a constant with the same PSNR", "sparser on", "cost, in dense generations"]
     named = {"-inf": run["nothing_skipped"]} | {f"constant {name}": row for name, row in run["constants"].items()}
     named |= {f"l1 {name}": run["calibrated"][name] for name in sorted(run["calibrated"], key=float)}
@@ -181,8 +181,9 @@ def calibration() -> str:
         cost = f"{row['cost']:.1f}" if "cost" in row else ""
         reach = f"{row['share_met']:.0%}" if "share_met" in row else ""
         time = "" if row["seconds"] != row["seconds"] else f"{row['seconds']:.2f}"
+        spent = f"{row['calibration_seconds']:.0f}" if "calibration_seconds" in row else ""
         decibels = (f"{row['mean_psnr']:.1f}", f"{min(row['psnr']):.1f}")
-        rows.append((name, *shares, f"{row['mean_density']:.3f}", *decibels, reach, time, gain, seeds, cost))
+        rows.append((name, *shares, f"{row['mean_density']:.3f}", *decibels, reach, time, spent, gain, seeds, cost))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
     prompts, seeds = len(run["calibration_prompts"]), len(run["nothing_skipped"]["psnr"])
     about += f", {run['steps']} steps, {prompts} prompts to calibrate, {seeds} held out"
