@@ -36,12 +36,13 @@ from moving_digits.pipeline import SETTINGS, load_pipeline
 from moving_digits.train import commit, device_name
 
 import lite_compile
+from lite_compile.calibration.calibration_file import CalibratedThresholds
 
 WEIGHTS = {"small": None, "long": Path(__file__).parent / "weights" / "moving-digits-long.safetensors"}
 
 
 def compare(
-    comparison: Comparison, densities: Sequence[float], dense_shares: Sequence[float], calibration: Path | None
+    comparison: Comparison, densities: Sequence[float], dense_shares: Sequence[float], calibrations: Sequence[Path]
 ) -> Iterator[dict[str, Any]]:
     """One row per method and density, as they are found."""
     classifier = load_classifier(device=comparison.pipe.device)
@@ -64,19 +65,21 @@ def compare(
             measures[key] = comparison.lite(method.options)
         curves[method.name] = curve(method, measures[key])
     yield row(1.0, "nothing skipped", measures["{}"](-float("inf")))
-    targets: list[tuple[float, Videos | None]] = [(density, None) for density in densities]
-    if calibration is not None:
-        calibrated = measures["{}"](calibration)
-        targets.append((calibrated.density, calibrated))
-    for target, calibrated_videos in targets:
+    targets: list[tuple[float, tuple[str, Videos] | None]] = [(density, None) for density in densities]
+    for path in calibrations:
+        criterion = read_criterion(path)
+        options = {} if criterion == "max" else {"criterion": criterion}
+        calibrated = measures[json.dumps(options)](path)
+        targets.append((calibrated.density, (f"{criterion}, calibrated", calibrated)))
+    for target, of_file in targets:
         group = target
         for number, method in enumerate(methods):
             parameter, made = curves[method.name].find(group)
-            if number == 0 and calibrated_videos is None:
+            if number == 0 and of_file is None:
                 group = made.density
             yield row(target, method.name, made, threshold=parameter)
-        if calibrated_videos is not None:
-            yield row(target, "max, calibrated", calibrated_videos)
+        if of_file is not None:
+            yield row(target, *of_file)
         for name in OTHERS:
             for dense_share in dense_shares:
                 if comparison.density_of_mask(group, dense_share) <= 0:
@@ -85,6 +88,13 @@ def compare(
                 made, details = comparison.other(name, group, dense_share)
                 yield row(target, name, made, **details)
     progress.close()
+
+
+def read_criterion(path: Path) -> str:
+    """What the thresholds of a calibration file are compared with."""
+    thresholds = lite_compile.Options(threshold=path).thresholds
+    assert isinstance(thresholds, CalibratedThresholds)
+    return thresholds.criterion
 
 
 def curve(method: LiteMethod, measure: Callable[[Any], Videos]) -> DensityCurve[Videos]:
@@ -126,7 +136,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--dense-shares", type=share, nargs="+", default=[0.25, 0.0],
         help="shares of the steps that the other methods compute in full first (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument("--calibration", type=existing_file, help="a file of lite_compile.calibrate for this model")
+    parser.add_argument(
+        "--calibration", type=existing_file, nargs="+", default=[], metavar="FILE",
+        help="files of lite_compile.calibrate for this model: a group of rows each, at the density of the file",
+    )  # fmt: skip
     parser.add_argument("--json", type=Path, help="file to write")
     args = parser.parse_args(arguments)
     for density in args.densities:
@@ -135,9 +148,9 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
             parser.error(
                 f"argument --densities: {density:g} is no more than {steps} dense steps of {args.steps} alone are"
             )
-    if args.calibration is not None:
+    for path in args.calibration:
         with blame("--calibration", parser):
-            lite_compile.Options(threshold=args.calibration)
+            lite_compile.Options(threshold=path)
     return args
 
 

@@ -41,6 +41,7 @@ from lite_compile import Schedule
 from lite_compile.calibration.budget import Budget, default_share
 from lite_compile.calibration.generations import Generations
 from lite_compile.calibration.replay import Replay, mean_density
+from lite_compile.ops import CRITERIA
 from lite_compile.schedule import Thresholds
 
 SHARES = {"default": default_share, "flat": lambda position: 1.0, "falling": lambda position: 1 - 0.75 * position}
@@ -134,6 +135,7 @@ def main() -> None:
     parser.add_argument("--constants", type=float, nargs="*", default=[-12.0, -8.0, -6.0, -4.5, -3.0])
     parser.add_argument("--psnr", type=float, nargs="*", default=[35.0])
     parser.add_argument("--share", choices=SHARES, default="default", help="of the budget along the trajectory")
+    parser.add_argument("--criterion", choices=CRITERIA, default="max", help="default: %(default)s")
     parser.add_argument("--no-times", action="store_true", help="leave out the two generations per row that are timed")
     parser.add_argument("--side", type=int, help="pixels of the videos' sides; default: what the model was trained on")
     parser.add_argument("--json", type=Path, help="write everything to this file")
@@ -148,7 +150,8 @@ def main() -> None:
     pipe = load_pipeline(args.weights, args.device, dtype)
     pipe.set_progress_bar_config(disable=True)
     model = pipe.transformer
-    pipe.transformer = torch.compile(model, backend="liteattention", options={"inner": "eager", "min_seq_len": 64})
+    options = {"inner": "eager", "min_seq_len": 64, "criterion": args.criterion}
+    pipe.transformer = torch.compile(model, backend="liteattention", options=options)
 
     def run(prompt: Prompt) -> Tensor:
         return generate(pipe, setting, [prompt[0]], prompt[1], args.steps, 4.0)
@@ -169,7 +172,7 @@ def main() -> None:
     record: dict[str, Any] = {
         "device": device, "torch": torch.__version__, "commit": os.environ.get("LITE_COMMIT", "unknown"),
         "setting": setting.name, "tokens": setting.tokens, "dtype": str(dtype), "steps": args.steps,
-        "calibration_prompts": given, "share": args.share,
+        "calibration_prompts": given, "share": args.share, "criterion": args.criterion,
     }  # fmt: skip
 
     def save(**found: Any) -> None:
@@ -190,7 +193,7 @@ def main() -> None:
     calibrated = {}
     for target in args.targets:
         start = time.perf_counter()
-        out = args.keep and args.keep / f"{setting.name}-l1-{target:g}.toml"
+        out = args.keep and args.keep / f"{setting.name}-{args.criterion}-l1-{target:g}.toml"
         found = lite_compile.calibrate(model, run, target, prompts=given, share=share, out=out)
         row = {"calibration_seconds": time.perf_counter() - start, "calibration_met": found.met, "cost": found.cost}
         row |= measurement.rows(found.thresholds, found.budget)

@@ -114,7 +114,13 @@ def forward() -> str:
         cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
         rows.append((MODELS[model], str(found[0]["layers"]), found[0]["compiled"], f"{dense:.0f}", *cells))
     shares = [percent(row) for row in measured[: len(measured) // len(rows)]]
-    header = ("model", "layers", "compiled", "Inductor + cuDNN, ms", *(f"ours, {share} skipped, ms" for share in shares))
+    header = (
+        "model",
+        "layers",
+        "compiled",
+        "Inductor + cuDNN, ms",
+        *(f"ours, {share} skipped, ms" for share in shares),
+    )
     return table(header, rows) + about
 
 

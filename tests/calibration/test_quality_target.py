@@ -21,7 +21,7 @@ from moving_digits import metrics
 
 import lite_compile
 from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
-from lite_compile.calibration.target import QualityTarget
+from lite_compile.calibration.target import QualityTarget, lower_bound_of_another
 
 STEPS = 5
 
@@ -116,3 +116,10 @@ def test_measures_against_those_of_the_examples() -> None:
 def test_the_spread_of_few_generations_counts(values: list[float], met: bool) -> None:
     target: Any = QualityTarget("psnr", 30.0, None)
     assert target.met(values) is met
+
+
+@pytest.mark.parametrize("count", [2, 3, 6, 14])
+def test_95_percent_of_other_prompts_are_above_the_bound(count: int) -> None:
+    draws = np.random.default_rng(count).normal(30.0, 4.0, (20_000, count + 1))
+    above = np.mean([lower_bound_of_another(given[:-1].tolist()) < given[-1] for given in draws])
+    assert above == pytest.approx(0.95, abs=0.006)
