@@ -66,7 +66,7 @@ def compare_latents(
     """Sample one latent, and compare the samples with those of the last call and of the generation's first one.
 
     Args:
-        x: the latent, `size` elements, of which `entries` parts of equal size are judged one by one.
+        x: the latent, `size` elements (int32 or int64), of which `entries` parts of equal size are judged one by one.
         samples: float32 `[LATENT_SAMPLES]`, of which those from `number * share` on are written: `share` of the latent,
             and zeros up to `span`.
         verdicts: float32 `[latents, 4]`, of which row `number` is written: smallest cosine, whether all equal the last
@@ -78,9 +78,9 @@ def compare_latents(
     verdicts += 4 * number
     index = tl.arange(0, _SAMPLES)
     inside = index < share
-    stride = (size + share - 1) // share
     if IS_LARGE:
-        index = index.to(tl.int64)
+        size, index = size.to(tl.int64), index.to(tl.int64)
+    stride = (size + share - 1) // share
     position = (index * stride + (index * 40503 // 8) % stride) % size
     now = tl.load(x + position, mask=inside, other=0).to(tl.float32)
     stored = clock + _HEADER + slots + start + index
@@ -120,13 +120,13 @@ def _tame(x, LARGEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["number", "size"], do_not_specialize_on_alignment=["x", "partials"])
 def project(x, partials, number, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
-    """This program's part of the projections of `x` `[size]`, which is input `number`.
+    """This program's part of the projections of `x` `[size]`, which is input `number`; `size` is int32 or int64.
 
     partials: float64 `[inputs, programs, PROJECTIONS]`.
     IS_WIDE: whether float32 does not hold all that the dtype of `x` does.
     """
     program = tl.program_id(0)
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = tl.cdiv(size.to(tl.int64), BLOCK).to(tl.int32)  # what is added to round up may not fit 32 bits
     per_program = tl.cdiv(blocks, tl.num_programs(0))
     place = tl.arange(0, BLOCK).to(tl.int64)
     sum_0 = tl.zeros([BLOCK], tl.float64)
@@ -342,6 +342,20 @@ def decide(
 _compare, _project, _decide = map(Launcher, (compare_latents, project, decide))
 
 
+class _Kind(NamedTuple):
+    """What compiled kernels distinguish of an input."""
+
+    dtype: torch.dtype
+    is_large: bool
+    """Whether positions in it are computed in 64 bits."""
+    is_longer: bool
+    """Whether its size does not fit 32 bits, so that Triton takes it as int64: another variant."""
+
+
+def _kind_of(x: Tensor) -> _Kind:
+    return _Kind(x.dtype, x.numel() >= 2**30, x.numel() >= 2**31)
+
+
 class _Plan(NamedTuple):
     """What follows from the number and kinds of inputs."""
 
@@ -359,9 +373,8 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(256)
 def _plan(
-    device: int, latents: tuple[tuple[torch.dtype, bool], ...], timestep: torch.dtype,
-    conditions: tuple[tuple[torch.dtype, bool], ...], programs: int, max_streams: int,
-    count_first: bool, count_last: bool,
+    device: int, latents: tuple[_Kind, ...], timestep: torch.dtype, conditions: tuple[_Kind, ...], programs: int,
+    max_streams: int, count_first: bool, count_last: bool,
 ) -> _Plan:  # fmt: skip
     scratch = Scratch.of(
         ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), 4), torch.float32),
@@ -374,9 +387,9 @@ def _plan(
     narrow = (torch.float16, torch.bfloat16)
     return _Plan(
         scratch,
-        tuple(_compare.variant(device, dtype, {"IS_LARGE": large}, num_warps=16) for dtype, large in latents),
+        tuple(_compare.variant(device, kind, {"IS_LARGE": kind.is_large}, num_warps=16) for kind in latents),
         tuple(
-            _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind[0] not in narrow}, num_warps=8)
+            _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind.dtype not in narrow}, num_warps=8)
             for kind in conditions
         ),
         _decide.variant(device, timestep, constants, num_warps=8),
@@ -401,9 +414,8 @@ def advance_triton(
     longest = max(x.numel() for x in conditions)
     programs = min(MAX_PROGRAMS, triton.next_power_of_2(max(1, longest // LEAST_WORK)))
     plan = _plan(
-        clock.get_device(), tuple((x.dtype, x.numel() >= 2**30) for x in latents), timestep.dtype,
-        tuple((x.dtype, x.numel() >= 2**31) for x in conditions), programs, max_streams, isinstance(first, int),
-        isinstance(last, int),
+        clock.get_device(), tuple(map(_kind_of, latents)), timestep.dtype, tuple(map(_kind_of, conditions)), programs,
+        max_streams, isinstance(first, int), isinstance(last, int),
     )  # fmt: skip
     buffer, now = plan.scratch.allocate(clock.device), clock.new_empty(NOW_WORDS)
     samples, verdicts, partials = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
