@@ -52,6 +52,8 @@ _NOW_EPOCH, _NOW_STEP, _NOW_SLOT = map(tl.constexpr, (NOW_EPOCH, NOW_STEP, NOW_S
 _NOW_GENERATION, _NOW_FRACTION = map(tl.constexpr, (NOW_GENERATION, NOW_FRACTION))
 _LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 _LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
+_VERDICTS, _COSINE, _IDENTICAL, _DIFFERS, _FINITE = map(tl.constexpr, (4, 0, 1, 2, 3))
+"""How many numbers `compare_latents` finds of a latent, and which."""
 _NO_COSINE = tl.constexpr(-2.0)
 """Below every threshold, as the NaN of an entry that did not move is."""
 
@@ -75,7 +77,7 @@ def compare_latents(
         IS_LARGE: whether positions need 64 bits.
     """
     start = number * share
-    verdicts += 4 * number
+    verdicts += _VERDICTS * number
     index = tl.arange(0, _SAMPLES)
     inside = index < share
     if IS_LARGE:
@@ -101,10 +103,10 @@ def compare_latents(
     unequal = tl.where(index < span, changed.to(tl.int32), 0)
     infinite = 1 - (tl.abs(now) <= _LARGEST_FLOAT).to(tl.int32)
     tl.store(samples + start + index, now, mask=index < span)
-    tl.store(verdicts, cosine)
-    tl.store(verdicts + 1, 1.0 - tl.max(unequal, 0))
-    tl.store(verdicts + 2, tl.max(differs, 0).to(tl.float32))
-    tl.store(verdicts + 3, 1.0 - tl.max(infinite, 0))
+    tl.store(verdicts + _COSINE, cosine)
+    tl.store(verdicts + _IDENTICAL, 1.0 - tl.max(unequal, 0))
+    tl.store(verdicts + _DIFFERS, tl.max(differs, 0).to(tl.float32))
+    tl.store(verdicts + _FINITE, 1.0 - tl.max(infinite, 0))
 
 
 @triton.jit
@@ -224,10 +226,11 @@ def decide(
 
     cosine, identical, differs, finite = 2.0, 1.0, 0.0, 1.0
     for i in range(latents):
-        cosine = tl.minimum(cosine, tl.load(verdicts + 4 * i))
-        identical = tl.minimum(identical, tl.load(verdicts + 4 * i + 1))
-        differs = tl.maximum(differs, tl.load(verdicts + 4 * i + 2))
-        finite = tl.minimum(finite, tl.load(verdicts + 4 * i + 3))
+        verdict = verdicts + _VERDICTS * i
+        cosine = tl.minimum(cosine, tl.load(verdict + _COSINE))
+        identical = tl.minimum(identical, tl.load(verdict + _IDENTICAL))
+        differs = tl.maximum(differs, tl.load(verdict + _DIFFERS))
+        finite = tl.minimum(finite, tl.load(verdict + _FINITE))
 
     slot = tl.arange(0, SLOTS)
     live = slot < max_streams
@@ -377,7 +380,7 @@ def _plan(
     max_streams: int, count_first: bool, count_last: bool,
 ) -> _Plan:  # fmt: skip
     scratch = Scratch.of(
-        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), 4), torch.float32),
+        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), _VERDICTS.value), torch.float32),
         ((len(conditions), programs, specification.PROJECTIONS), torch.float64),
     )  # fmt: skip
     constants = {
