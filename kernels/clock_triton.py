@@ -52,6 +52,8 @@ _NOW_EPOCH, _NOW_STEP, _NOW_SLOT = map(tl.constexpr, (NOW_EPOCH, NOW_STEP, NOW_S
 _NOW_GENERATION, _NOW_FRACTION = map(tl.constexpr, (NOW_GENERATION, NOW_FRACTION))
 _LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 _LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
+_VERDICTS, _COSINE, _IDENTICAL, _DIFFERS, _FINITE = map(tl.constexpr, (4, 0, 1, 2, 3))
+"""How many numbers `compare_latents` finds of a latent, and which."""
 _NO_COSINE = tl.constexpr(-2.0)
 """Below every threshold, as the NaN of an entry that did not move is."""
 
@@ -66,7 +68,7 @@ def compare_latents(
     """Sample one latent, and compare the samples with those of the last call and of the generation's first one.
 
     Args:
-        x: the latent, `size` elements, of which `entries` parts of equal size are judged one by one.
+        x: the latent, `size` elements (int32 or int64), of which `entries` parts of equal size are judged one by one.
         samples: float32 `[LATENT_SAMPLES]`, of which those from `number * share` on are written: `share` of the latent,
             and zeros up to `span`.
         verdicts: float32 `[latents, 4]`, of which row `number` is written: smallest cosine, whether all equal the last
@@ -75,12 +77,12 @@ def compare_latents(
         IS_LARGE: whether positions need 64 bits.
     """
     start = number * share
-    verdicts += 4 * number
+    verdicts += _VERDICTS * number
     index = tl.arange(0, _SAMPLES)
     inside = index < share
-    stride = (size + share - 1) // share
     if IS_LARGE:
-        index = index.to(tl.int64)
+        size, index = size.to(tl.int64), index.to(tl.int64)
+    stride = (size + share - 1) // share
     position = (index * stride + (index * 40503 // 8) % stride) % size
     now = tl.load(x + position, mask=inside, other=0).to(tl.float32)
     stored = clock + _HEADER + slots + start + index
@@ -101,10 +103,10 @@ def compare_latents(
     unequal = tl.where(index < span, changed.to(tl.int32), 0)
     infinite = 1 - (tl.abs(now) <= _LARGEST_FLOAT).to(tl.int32)
     tl.store(samples + start + index, now, mask=index < span)
-    tl.store(verdicts, cosine)
-    tl.store(verdicts + 1, 1.0 - tl.max(unequal, 0))
-    tl.store(verdicts + 2, tl.max(differs, 0).to(tl.float32))
-    tl.store(verdicts + 3, 1.0 - tl.max(infinite, 0))
+    tl.store(verdicts + _COSINE, cosine)
+    tl.store(verdicts + _IDENTICAL, 1.0 - tl.max(unequal, 0))
+    tl.store(verdicts + _DIFFERS, tl.max(differs, 0).to(tl.float32))
+    tl.store(verdicts + _FINITE, 1.0 - tl.max(infinite, 0))
 
 
 @triton.jit
@@ -120,13 +122,13 @@ def _tame(x, LARGEST: tl.constexpr):
 
 @triton.jit(do_not_specialize=["number", "size"], do_not_specialize_on_alignment=["x", "partials"])
 def project(x, partials, number, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
-    """This program's part of the projections of `x` `[size]`, which is input `number`.
+    """This program's part of the projections of `x` `[size]`, which is input `number`; `size` is int32 or int64.
 
     partials: float64 `[inputs, programs, PROJECTIONS]`.
     IS_WIDE: whether float32 does not hold all that the dtype of `x` does.
     """
     program = tl.program_id(0)
-    blocks = tl.cdiv(size, BLOCK)
+    blocks = tl.cdiv(size.to(tl.int64), BLOCK).to(tl.int32)  # what is added to round up may not fit 32 bits
     per_program = tl.cdiv(blocks, tl.num_programs(0))
     place = tl.arange(0, BLOCK).to(tl.int64)
     sum_0 = tl.zeros([BLOCK], tl.float64)
@@ -224,10 +226,11 @@ def decide(
 
     cosine, identical, differs, finite = 2.0, 1.0, 0.0, 1.0
     for i in range(latents):
-        cosine = tl.minimum(cosine, tl.load(verdicts + 4 * i))
-        identical = tl.minimum(identical, tl.load(verdicts + 4 * i + 1))
-        differs = tl.maximum(differs, tl.load(verdicts + 4 * i + 2))
-        finite = tl.minimum(finite, tl.load(verdicts + 4 * i + 3))
+        verdict = verdicts + _VERDICTS * i
+        cosine = tl.minimum(cosine, tl.load(verdict + _COSINE))
+        identical = tl.minimum(identical, tl.load(verdict + _IDENTICAL))
+        differs = tl.maximum(differs, tl.load(verdict + _DIFFERS))
+        finite = tl.minimum(finite, tl.load(verdict + _FINITE))
 
     slot = tl.arange(0, SLOTS)
     live = slot < max_streams
@@ -342,6 +345,20 @@ def decide(
 _compare, _project, _decide = map(Launcher, (compare_latents, project, decide))
 
 
+class _Kind(NamedTuple):
+    """What compiled kernels distinguish of an input."""
+
+    dtype: torch.dtype
+    is_large: bool
+    """Whether positions in it are computed in 64 bits."""
+    is_longer: bool
+    """Whether its size does not fit 32 bits, so that Triton takes it as int64: another variant."""
+
+
+def _kind_of(x: Tensor) -> _Kind:
+    return _Kind(x.dtype, x.numel() >= 2**30, x.numel() >= 2**31)
+
+
 class _Plan(NamedTuple):
     """What follows from the number and kinds of inputs."""
 
@@ -359,12 +376,11 @@ class _Plan(NamedTuple):
 
 @functools.lru_cache(256)
 def _plan(
-    device: int, latents: tuple[tuple[torch.dtype, bool], ...], timestep: torch.dtype,
-    conditions: tuple[tuple[torch.dtype, bool], ...], programs: int, max_streams: int,
-    count_first: bool, count_last: bool,
+    device: int, latents: tuple[_Kind, ...], timestep: torch.dtype, conditions: tuple[_Kind, ...], programs: int,
+    max_streams: int, count_first: bool, count_last: bool,
 ) -> _Plan:  # fmt: skip
     scratch = Scratch.of(
-        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), 4), torch.float32),
+        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), _VERDICTS.value), torch.float32),
         ((len(conditions), programs, specification.PROJECTIONS), torch.float64),
     )  # fmt: skip
     constants = {
@@ -374,9 +390,9 @@ def _plan(
     narrow = (torch.float16, torch.bfloat16)
     return _Plan(
         scratch,
-        tuple(_compare.variant(device, dtype, {"IS_LARGE": large}, num_warps=16) for dtype, large in latents),
+        tuple(_compare.variant(device, kind, {"IS_LARGE": kind.is_large}, num_warps=16) for kind in latents),
         tuple(
-            _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind[0] not in narrow}, num_warps=8)
+            _project.variant(device, kind, {"BLOCK": 1024, "IS_WIDE": kind.dtype not in narrow}, num_warps=8)
             for kind in conditions
         ),
         _decide.variant(device, timestep, constants, num_warps=8),
@@ -401,9 +417,8 @@ def advance_triton(
     longest = max(x.numel() for x in conditions)
     programs = min(MAX_PROGRAMS, triton.next_power_of_2(max(1, longest // LEAST_WORK)))
     plan = _plan(
-        clock.get_device(), tuple((x.dtype, x.numel() >= 2**30) for x in latents), timestep.dtype,
-        tuple((x.dtype, x.numel() >= 2**31) for x in conditions), programs, max_streams, isinstance(first, int),
-        isinstance(last, int),
+        clock.get_device(), tuple(map(_kind_of, latents)), timestep.dtype, tuple(map(_kind_of, conditions)), programs,
+        max_streams, isinstance(first, int), isinstance(last, int),
     )  # fmt: skip
     buffer, now = plan.scratch.allocate(clock.device), clock.new_empty(NOW_WORDS)
     samples, verdicts, partials = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)

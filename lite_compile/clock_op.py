@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -32,30 +33,28 @@ def advance_by_kernels(
     max_streams: int, dense_steps: DenseSteps, refresh_every: int,
 ) -> Tensor:  # fmt: skip
     """`clock.advance` on a CUDA device."""
-    watched = [_readable(x, clock.device) for x in conditions or (0,)]
-    times = _readable(timestep, clock.device)
-    if times.numel() > MAX_TIMES:
-        times = times.float().amax()
+    readable = functools.partial(_readable, device=clock.device)
     first, last = dense_steps
     now: Tensor = torch.ops.lite_compile.advance_clock(
-        clock, [_readable(x, clock.device) for x in latents], times, watched, max_streams, float(first), float(last),
-        isinstance(first, int), isinstance(last, int), refresh_every,
+        clock, list(map(readable, latents)), readable(timestep), list(map(readable, conditions or (0,))), max_streams,
+        float(first), float(last), isinstance(first, int), isinstance(last, int), refresh_every,
     )  # fmt: skip
     return now
 
 
 def _readable(x: Tensor | int | float, device: torch.device) -> Tensor:
-    """`x` as the kernels read it: contiguous, on the device, of a dtype they know, and as it lies in memory."""
+    """`x` on the device, of a dtype that the kernels know, and as it lies in memory, but for its strides.
+
+    These, like sizes, are looked at by the op itself: while tracing they may be unknown, or a guard each.
+    """
     if not isinstance(x, Tensor):
         return torch.full((1,), x, dtype=torch.float64, device=device)
     x = x.resolve_conj().resolve_neg()
-    if x.dtype in LOADED and x.device == device and x.is_contiguous():
-        return x
     if x.is_complex():
         x = torch.view_as_real(x)
     if x.dtype not in LOADED:
         x = x.to(torch.float64)
-    return x.to(device).contiguous()
+    return x if x.device == device else x.to(device)
 
 
 @torch.library.register_fake("lite_compile::advance_clock", lib=_library)
@@ -76,4 +75,7 @@ def _advance_cuda(
     steps = DenseSteps(
         int(dense_first) if count_first else dense_first, int(dense_last) if count_last else dense_last
     )  # fmt: skip
-    return advance_triton(clock, latents, timestep, conditions, max_streams, steps, refresh_every)
+    if timestep.numel() > MAX_TIMES:
+        timestep = timestep.float().amax()
+    latents, conditions = ([x.contiguous() for x in given] for given in (latents, conditions))
+    return advance_triton(clock, latents, timestep.contiguous(), conditions, max_streams, steps, refresh_every)

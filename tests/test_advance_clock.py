@@ -8,11 +8,13 @@ import pytest
 import torch
 from models import DEVICE, noise
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from lite_compile.advance_clock import MAX_NUMBERS, ClockAdvance, ClockRules
-from lite_compile.clock import clock_words
+from lite_compile.clock import advance, clock_words, identify
 from lite_compile.clock_op import LOADED, _readable
-from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
+from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP, NOW_WORDS
 
 Call = tuple[list[Tensor], Tensor | float, list[Tensor | float]]
 STREAMS, CONDITIONS = 3, 3
@@ -73,10 +75,21 @@ def test_kernels_are_given_what_they_can_read(first: Tensor, view: Tensor) -> No
     strided = noise(1).transpose(-1, -2)[..., ::2]
     for given in (first, view, eight_bits, strided, 7, 2.5, True):
         found = _readable(given, DEVICE)
-        assert found.is_contiguous()
         assert found.dtype in LOADED
         assert not found.is_neg()
         expected = torch.as_tensor(given, device=DEVICE)
         if expected.is_complex():
             found = torch.view_as_complex(found)
         assert torch.equal(found.flatten(), expected.to(found.dtype).flatten())
+
+
+def test_conditions_whose_sizes_are_data() -> None:
+    """Tracing for a GPU may not ask whether they are contiguous; on CPUs it never does."""
+    shapes = ShapeEnv()
+    with FakeTensorMode(shape_env=shapes), torch.no_grad():
+        words = shapes.create_unbacked_symint()
+        texts = [torch.empty_strided((2, words, 8), strides, device="cuda") for strides in ((80, 8, 1), (9, 18, 1))]
+        clock = torch.zeros(clock_words(STREAMS, 2), dtype=torch.int32, device="cuda")
+        assert identify(texts, clock.device).shape == (16,)  # what `find_unreadable` asks
+        now = advance(clock, torch.empty(1, 4, 8, device="cuda"), torch.empty(1, device="cuda"), texts, STREAMS)
+    assert now.shape == (NOW_WORDS,)

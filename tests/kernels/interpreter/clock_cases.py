@@ -11,8 +11,18 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lite_compile.clock import ANNOUNCED_STEPS, CONDITION_WORDS, RESET, advance, clock_words
-from lite_compile.kernels.clock_triton import advance_triton
+from lite_compile.clock import (
+    ANNOUNCED_STEPS,
+    CONDITION_WORDS,
+    LATENT_SAMPLES,
+    RESET,
+    advance,
+    clock_words,
+    sample,
+    sample_positions,
+)
+from lite_compile.clock_op import MAX_TIMES, _advance_cuda
+from lite_compile.kernels.clock_triton import advance_triton, compare_latents
 from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
 from lite_compile.trajectory import NONE_DENSE, DenseSteps
 
@@ -128,6 +138,38 @@ def test_one_word_of_a_long_prompt() -> None:
         x = noise(1, 1, 64)
         assert [int(pair.call([x], at(9.0), p)[NOW_SLOT]) for p in (text, other)] == [0, 1]
         assert [int(pair.call([0.9 * x], at(8.0), p)[NOW_SLOT]) for p in (other, text)] == [1, 0]
+
+
+@pytest.mark.parametrize(("size", "is_large"), [(3, False), (10**6 + 3, False), (2**31 - 100, True)])
+def test_samples_of_latents_of_any_size(size: int, is_large: bool) -> None:
+    x = torch.zeros(size, dtype=torch.int8)  # memory that is not written to takes no room
+    positions = sample_positions(size, LATENT_SAMPLES, x.device)
+    x[positions[:: LATENT_SAMPLES // 64]] = 1
+    x[positions[-1]] = 2
+    clock = torch.zeros(clock_words(1, 1), dtype=torch.int32)
+    samples, verdicts = torch.full((LATENT_SAMPLES,), math.nan), torch.empty(1, 4)
+    count = LATENT_SAMPLES
+    compare_latents[(1,)](x, clock, samples, verdicts, 0, size, 1, count, count, 5, IS_LARGE=is_large)
+    assert torch.equal(samples, sample(x, LATENT_SAMPLES))
+    assert samples[-1] == 2
+
+
+def test_the_op_reads_elements_whatever_the_strides() -> None:
+    """Views that leave elements out, repeat them or turn them around, and more timesteps than one program reads."""
+    clock, expected_clock = (torch.zeros(clock_words(STREAMS, 4), dtype=torch.int32) for _ in range(2))
+    texts = [noise(7, 60)[::2], noise(8, 1).expand(9), noise(9, 3, 20).mT, torch.tensor(4)]
+    for step in range(3):
+        x = noise(0, 8, 2, 90)[:, :, ::3].transpose(0, 1) * (1 - 0.1 * step)
+        t = torch.tensor([[0.0], [900.0 - step]]).expand(2, MAX_TIMES if step == 2 else 4)
+        x, wide = x.transpose(1, 2), noise(1, 2, 1).expand(2, 50) * (1 - 0.1 * step)
+        assert not any(y.is_contiguous() for y in (x, t, *texts[:3]))
+        told = _advance_cuda(clock, [x, wide], t, texts, STREAMS, 0.0, 0.0, True, True, 0)
+        assert told.tolist() == advance(expected_clock, [x, wide], t, texts, STREAMS).tolist()
+        assert int(told[NOW_STEP]) == step
+        exact = clock.numel() - 4 * CONDITION_WORDS * STREAMS
+        assert torch.equal(clock[:exact], expected_clock[:exact])
+        prints, expected_prints = (x[exact:].clone().view(torch.float64) for x in (clock, expected_clock))
+        torch.testing.assert_close(prints, expected_prints, rtol=1e-9, atol=1e-9)
 
 
 def test_a_timestep_per_token() -> None:
