@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION, FORWARD = ("bench-gpu-h200-more.json", "bench-gpu-h200.json"), ("bench-forward-h200.json",)
+ATTENTION, FORWARD = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json"), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
 CALIBRATION, FIDELITY = "calibration-long-h200.json", "fidelity-long-h200.json"
 MODELS = {
