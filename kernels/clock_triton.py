@@ -1,8 +1,8 @@
 """The step clock in Triton: a launch per latent and per conditioning input, and one that decides.
 
 `clock.advance` is the specification, and says what the numbers mean; as hundreds of small operators it takes the GPU,
-and more so the host, longer than it should. Fingerprints are sums of the same terms in another order, so a clock has to
-be advanced by one of the two for as long as it lives.
+and more so the host, longer than it should. Fingerprints are rounded otherwise, so a clock has to be advanced by one of
+the two for as long as it lives.
 """
 
 from __future__ import annotations
@@ -17,155 +17,66 @@ import triton.language as tl
 from torch import Tensor
 
 from .. import clock as specification
-from ..ops import NOW_EPOCH, NOW_FRACTION, NOW_GENERATION, NOW_SLOT, NOW_STEP, NOW_WORDS
-from ..trajectory import FALLS, LARGEST_FIRST_RISE, RISES, THOUSANDS, UNIT, UNKNOWN, DenseSteps
+from .. import ops, trajectory
+from ..trajectory import DenseSteps
+from .clock_inputs_triton import (
+    COSINE,
+    DIFFERS,
+    FINITE,
+    HEADER_WORDS,
+    IDENTICAL,
+    LARGEST_FLOAT,
+    PROJECTIONS,
+    SAMPLES,
+    VERDICTS,
+    compare_latents,
+    project,
+)  # fmt: skip
 from .launch import Launch, Launcher, address_of
 from .scratch import Scratch
 
 MAX_PROGRAMS, LEAST_WORK = 512, 4096
 """Per conditioning input, and elements of the longest that are worth another one."""
 
-_GENERATION, _STEP, _SLOT = map(tl.constexpr, (specification.GENERATION, specification.STEP, specification.SLOT))
-_CALLS, _DENSE_CALLS, _RESET = map(
-    tl.constexpr, (specification.CALLS, specification.DENSE_CALLS, specification.RESET)
-)  # fmt: skip
-_TIMESTEP, _NUMEL, _EPOCH = map(tl.constexpr, (specification.TIMESTEP, specification.NUMEL, specification.EPOCH))
-_UNDECIDED, _DIRECTION = map(tl.constexpr, (specification.UNDECIDED, specification.DIRECTION))
-_FIRST_TIMESTEP, _TIME_SCALE = map(tl.constexpr, (specification.FIRST_TIMESTEP, specification.TIME_SCALE))
-_LAST_STEPS, _ANNOUNCED_STEPS = map(tl.constexpr, (specification.LAST_STEPS, specification.ANNOUNCED_STEPS))
-_HEADER, _SLOT_ROWS = tl.constexpr(specification._HEADER), tl.constexpr(specification._SLOT_ROWS)
-_SAMPLES, _PROJECTIONS = tl.constexpr(specification.LATENT_SAMPLES), tl.constexpr(specification.PROJECTIONS)
+_GENERATION = tl.constexpr(specification.GENERATION)
+_STEP = tl.constexpr(specification.STEP)
+_SLOT = tl.constexpr(specification.SLOT)
+_CALLS = tl.constexpr(specification.CALLS)
+_DENSE_CALLS = tl.constexpr(specification.DENSE_CALLS)
+_RESET = tl.constexpr(specification.RESET)
+_TIMESTEP = tl.constexpr(specification.TIMESTEP)
+_NUMEL = tl.constexpr(specification.NUMEL)
+_EPOCH = tl.constexpr(specification.EPOCH)
+_UNDECIDED = tl.constexpr(specification.UNDECIDED)
+_DIRECTION = tl.constexpr(specification.DIRECTION)
+_FIRST_TIMESTEP = tl.constexpr(specification.FIRST_TIMESTEP)
+_TIME_SCALE = tl.constexpr(specification.TIME_SCALE)
+_LAST_STEPS = tl.constexpr(specification.LAST_STEPS)
+_ANNOUNCED_STEPS = tl.constexpr(specification.ANNOUNCED_STEPS)
+_SLOT_ROWS = tl.constexpr(specification.SLOT_ROWS)
 _CONDITION_WORDS = tl.constexpr(specification.CONDITION_WORDS)
-_DIGIT_BITS, _WEIGHT_BITS = tl.constexpr(specification._DIGIT_BITS), tl.constexpr(specification._WEIGHT_BITS)
-_DROPPED_BITS = tl.constexpr(specification._DROPPED_BITS)
-_HASHES = tl.constexpr(specification._HASHES)
-_LARGE, _LARGE_CODE = tl.constexpr(specification._LARGE), tl.constexpr(specification._LARGE_CODE)
-_NAN_CODE = tl.constexpr(specification._NAN_CODE)
-_NEXT_STEP_COSINE, _RISING_COSINE = map(
-    tl.constexpr, (specification.NEXT_STEP_COSINE, specification.RISING_COSINE)
-)  # fmt: skip
+_NEXT_STEP_COSINE = tl.constexpr(specification.NEXT_STEP_COSINE)
+_RISING_COSINE = tl.constexpr(specification.RISING_COSINE)
 _SAME_TIMESTEP_COSINE = tl.constexpr(specification.SAME_TIMESTEP_COSINE)
 _PERHAPS_RISING = tl.constexpr(specification.PERHAPS_RISING)
-_FALLS, _RISES, _THOUSANDS, _UNIT = map(tl.constexpr, (FALLS, RISES, THOUSANDS, UNIT))
-_LARGEST_FIRST_RISE, _UNKNOWN = tl.constexpr(LARGEST_FIRST_RISE), tl.constexpr(UNKNOWN)
-_NOW_EPOCH, _NOW_STEP, _NOW_SLOT = map(tl.constexpr, (NOW_EPOCH, NOW_STEP, NOW_SLOT))
-_NOW_GENERATION, _NOW_FRACTION = map(tl.constexpr, (NOW_GENERATION, NOW_FRACTION))
-_LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
-_LARGEST_DOUBLE = tl.constexpr(torch.finfo(torch.float64).max)
-_VERDICTS, _COSINE, _IDENTICAL, _DIFFERS, _FINITE = map(tl.constexpr, (4, 0, 1, 2, 3))
-"""How many numbers `compare_latents` finds of a latent, and which."""
-_NO_COSINE = tl.constexpr(-2.0)
-"""Below every threshold, as the NaN of an entry that did not move is."""
-
-
-@triton.jit(
-    do_not_specialize=["number", "size", "entries", "share", "span", "slots"],
-    do_not_specialize_on_alignment=["x", "clock", "samples", "verdicts"],
-)
-def compare_latents(
-    x, clock, samples, verdicts, number, size, entries, share, span, slots, IS_LARGE: tl.constexpr
-):  # fmt: skip
-    """Sample one latent, and compare the samples with those of the last call and of the generation's first one.
-
-    Args:
-        x: the latent, `size` elements (int32 or int64), of which `entries` parts of equal size are judged one by one.
-        samples: float32 `[LATENT_SAMPLES]`, of which those from `number * share` on are written: `share` of the latent,
-            and zeros up to `span`.
-        verdicts: float32 `[latents, 4]`, of which row `number` is written: smallest cosine, whether all equal the last
-            call's, whether any differs from the first call's, whether all are finite.
-        slots: words of the clock's slot table.
-        IS_LARGE: whether positions need 64 bits.
-    """
-    start = number * share
-    verdicts += _VERDICTS * number
-    index = tl.arange(0, _SAMPLES)
-    inside = index < share
-    if IS_LARGE:
-        size, index = size.to(tl.int64), index.to(tl.int64)
-    stride = (size + share - 1) // share
-    position = (index * stride + (index * 40503 // 8) % stride) % size
-    now = tl.load(x + position, mask=inside, other=0).to(tl.float32)
-    stored = clock + _HEADER + slots + start + index
-    last = tl.load(stored, mask=index < span, other=0).to(tl.float32, bitcast=True)
-    first = tl.load(stored + _SAMPLES, mask=index < span, other=0).to(tl.float32, bitcast=True)
-    changed = now != last
-    moved, was = tl.where(changed, now, 0.0), tl.where(changed, last, 0.0)
-    owner = position // ((size + entries - 1) // entries)
-    cosine = 2.0
-    for entry in range(entries):
-        own = inside & (owner == entry)
-        dot = tl.sum(tl.where(own, moved * was, 0.0), 0)
-        squares = tl.sum(tl.where(own, moved * moved, 0.0), 0)
-        last_squares = tl.sum(tl.where(own, was * was, 0.0), 0)
-        found = dot / (tl.sqrt(squares) * tl.sqrt(last_squares))
-        cosine = tl.minimum(cosine, tl.where(found == found, found, _NO_COSINE))
-    differs = tl.where(index < span, (now != first).to(tl.int32), 0)
-    unequal = tl.where(index < span, changed.to(tl.int32), 0)
-    infinite = 1 - (tl.abs(now) <= _LARGEST_FLOAT).to(tl.int32)
-    tl.store(samples + start + index, now, mask=index < span)
-    tl.store(verdicts + _COSINE, cosine)
-    tl.store(verdicts + _IDENTICAL, 1.0 - tl.max(unequal, 0))
-    tl.store(verdicts + _DIFFERS, tl.max(differs, 0).to(tl.float32))
-    tl.store(verdicts + _FINITE, 1.0 - tl.max(infinite, 0))
-
-
-@triton.jit
-def _tame(x, LARGEST: tl.constexpr):
-    """`clock._tame`. The logarithms are taken only where there is a number that needs one."""
-    size = tl.minimum(tl.abs(x), LARGEST)
-    size = tl.where(x == x, size, 0.0)
-    if tl.max(size, 0) > _LARGE:
-        code = _LARGE_CODE + tl.log2(tl.maximum(size, 1.0))
-        x = tl.where(size > _LARGE, tl.where(x < 0, -code, code), x)
-    return tl.where(x == x, x, _NAN_CODE)
-
-
-@triton.jit(do_not_specialize=["number", "size"], do_not_specialize_on_alignment=["x", "partials"])
-def project(x, partials, number, size, BLOCK: tl.constexpr, IS_WIDE: tl.constexpr):
-    """This program's part of the projections of `x` `[size]`, which is input `number`; `size` is int32 or int64.
-
-    partials: float64 `[inputs, programs, PROJECTIONS]`.
-    IS_WIDE: whether float32 does not hold all that the dtype of `x` does.
-    """
-    program = tl.program_id(0)
-    blocks = tl.cdiv(size.to(tl.int64), BLOCK).to(tl.int32)  # what is added to round up may not fit 32 bits
-    per_program = tl.cdiv(blocks, tl.num_programs(0))
-    place = tl.arange(0, BLOCK).to(tl.int64)
-    sum_0 = tl.zeros([BLOCK], tl.float64)
-    sum_1, sum_2, sum_3 = sum_0, sum_0, sum_0
-    for block in range(program * per_program, tl.minimum((program + 1) * per_program, blocks)):
-        index = (tl.zeros_like(place) + block) * BLOCK + place
-        value = tl.load(x + index, mask=index < size, other=0)
-        if IS_WIDE:
-            value = _tame(value.to(tl.float64), _LARGEST_DOUBLE)
-        else:
-            value = _tame(value.to(tl.float32), _LARGEST_FLOAT).to(tl.float64)
-        low = (index & (2**_DIGIT_BITS - 1)).to(tl.int32)
-        middle = ((index >> _DIGIT_BITS) & (2**_DIGIT_BITS - 1)).to(tl.int32)
-        high = (index >> (2 * _DIGIT_BITS)).to(tl.int32)
-        sum_0 += value * _weight(low, middle, high, 0)
-        sum_1 += value * _weight(low, middle, high, 1)
-        sum_2 += value * _weight(low, middle, high, 2)
-        sum_3 += value * _weight(low, middle, high, 3)
-    partials += (number * tl.num_programs(0) + program) * _PROJECTIONS
-    tl.store(partials, tl.sum(sum_0, 0))
-    tl.store(partials + 1, tl.sum(sum_1, 0))
-    tl.store(partials + 2, tl.sum(sum_2, 0))
-    tl.store(partials + 3, tl.sum(sum_3, 0))
-
-
-@triton.jit
-def _weight(low, middle, high, NUMBER: tl.constexpr):
-    """float64 weights of one projection."""
-    hashed = low * _HASHES[NUMBER][0] + middle * _HASHES[NUMBER][1] + high * _HASHES[NUMBER][2]
-    return (((hashed >> _DROPPED_BITS) & (2**_WEIGHT_BITS - 1)) + 1).to(tl.float64)
+_FALLS = tl.constexpr(trajectory.FALLS)
+_RISES = tl.constexpr(trajectory.RISES)
+_THOUSANDS = tl.constexpr(trajectory.THOUSANDS)
+_UNIT = tl.constexpr(trajectory.UNIT)
+_LARGEST_FIRST_RISE = tl.constexpr(trajectory.LARGEST_FIRST_RISE)
+_UNKNOWN = tl.constexpr(trajectory.UNKNOWN)
+_NOW_EPOCH = tl.constexpr(ops.NOW_EPOCH)
+_NOW_STEP = tl.constexpr(ops.NOW_STEP)
+_NOW_SLOT = tl.constexpr(ops.NOW_SLOT)
+_NOW_GENERATION = tl.constexpr(ops.NOW_GENERATION)
+_NOW_FRACTION = tl.constexpr(ops.NOW_FRACTION)
 
 
 @triton.jit
 def _fingerprint(partials, number, PROGRAMS: tl.constexpr):
     """Lower and upper int32 words of the projections of one conditioning input, `[PROJECTIONS]` each."""
-    row, column = tl.arange(0, PROGRAMS), tl.arange(0, _PROJECTIONS)
-    part = tl.load(partials + (number * PROGRAMS + row[:, None]) * _PROJECTIONS + column[None, :])
+    row, column = tl.arange(0, PROGRAMS), tl.arange(0, PROJECTIONS)
+    part = tl.load(partials + (number * PROGRAMS + row[:, None]) * PROJECTIONS + column[None, :])
     bits = tl.sum(part, 0).to(tl.int64, bitcast=True)
     return (bits & 0xFFFFFFFF).to(tl.int32), (bits >> 32).to(tl.int32)
 
@@ -186,7 +97,7 @@ def _largest_time(timestep, count):
 
 @triton.jit
 def _is_finite(x):
-    return tl.abs(x) <= _LARGEST_FLOAT
+    return tl.abs(x) <= LARGEST_FLOAT
 
 
 @triton.jit(
@@ -200,7 +111,7 @@ def decide(
     latents, conditions, numel, times, max_streams, refresh_every, dense_first, dense_last,
     SLOTS: tl.constexpr, PROGRAMS: tl.constexpr, COUNT_FIRST: tl.constexpr, COUNT_LAST: tl.constexpr,
 ):  # fmt: skip
-    """`clock.advance` from `samples_last` on. One program.
+    """What `clock.advance` decides, given samples and projections. One program.
 
     Args:
         samples, verdicts: of `compare_latents`, the latter float32 `[latents, 4]`.
@@ -226,23 +137,23 @@ def decide(
 
     cosine, identical, differs, finite = 2.0, 1.0, 0.0, 1.0
     for i in range(latents):
-        verdict = verdicts + _VERDICTS * i
-        cosine = tl.minimum(cosine, tl.load(verdict + _COSINE))
-        identical = tl.minimum(identical, tl.load(verdict + _IDENTICAL))
-        differs = tl.maximum(differs, tl.load(verdict + _DIFFERS))
-        finite = tl.minimum(finite, tl.load(verdict + _FINITE))
+        verdict = verdicts + VERDICTS * i
+        cosine = tl.minimum(cosine, tl.load(verdict + COSINE))
+        identical = tl.minimum(identical, tl.load(verdict + IDENTICAL))
+        differs = tl.maximum(differs, tl.load(verdict + DIFFERS))
+        finite = tl.minimum(finite, tl.load(verdict + FINITE))
 
     slot = tl.arange(0, SLOTS)
     live = slot < max_streams
-    table = clock + _HEADER + slot
+    table = clock + HEADER_WORDS + slot
     slot_generation = tl.load(table, mask=live, other=0)
     slot_step = tl.load(table + max_streams, mask=live, other=0)
     slot_epoch = tl.load(table + 2 * max_streams, mask=live, other=0)
     slot_dense = tl.load(table + 3 * max_streams, mask=live, other=0)
     slot_began = tl.load(table + 4 * max_streams, mask=live, other=0)
-    stored = clock + _HEADER + _SLOT_ROWS * max_streams
-    column = 2 * tl.arange(0, _PROJECTIONS)
-    known = stored + 2 * _SAMPLES + slot[:, None] * (conditions * _CONDITION_WORDS) + column[None, :]
+    stored = clock + HEADER_WORDS + _SLOT_ROWS * max_streams
+    column = 2 * tl.arange(0, PROJECTIONS)
+    known = stored + 2 * SAMPLES + slot[:, None] * (conditions * _CONDITION_WORDS) + column[None, :]
     is_known = tl.where(live, 1, 0)
     for i in range(conditions):
         low, high = _fingerprint(partials, i, PROGRAMS)
@@ -326,10 +237,10 @@ def decide(
     tl.store(table + 2 * max_streams, slot_epoch, mask=live)
     tl.store(table + 3 * max_streams, tl.where(taken, dense.to(tl.int32), slot_dense), mask=live)
     tl.store(table + 4 * max_streams, tl.where(begins, epoch_count, slot_began), mask=live)
-    index = tl.arange(0, _SAMPLES)
+    index = tl.arange(0, SAMPLES)
     sample = tl.load(samples + index).to(tl.int32, bitcast=True)
     tl.store(stored + index, sample)
-    tl.store(stored + _SAMPLES + index, sample, mask=index < tl.where(new, _SAMPLES, 0))
+    tl.store(stored + SAMPLES + index, sample, mask=index < tl.where(new, SAMPLES, 0))
     for i in range(conditions):
         low, high = _fingerprint(partials, i, PROGRAMS)
         at = known + i * _CONDITION_WORDS
@@ -380,7 +291,7 @@ def _plan(
     max_streams: int, count_first: bool, count_last: bool,
 ) -> _Plan:  # fmt: skip
     scratch = Scratch.of(
-        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), _VERDICTS.value), torch.float32),
+        ((specification.LATENT_SAMPLES,), torch.float32), ((len(latents), VERDICTS.value), torch.float32),
         ((len(conditions), programs, specification.PROJECTIONS), torch.float64),
     )  # fmt: skip
     constants = {
@@ -420,11 +331,11 @@ def advance_triton(
         clock.get_device(), tuple(map(_kind_of, latents)), timestep.dtype, tuple(map(_kind_of, conditions)), programs,
         max_streams, isinstance(first, int), isinstance(last, int),
     )  # fmt: skip
-    buffer, now = plan.scratch.allocate(clock.device), clock.new_empty(NOW_WORDS)
+    buffer, now = plan.scratch.allocate(clock.device), clock.new_empty(ops.NOW_WORDS)
     samples, verdicts, partials = (plan.scratch.addresses if plan.ready else plan.scratch.tensors)(buffer)
     given: tuple[Any, ...] = (clock, timestep, now, *latents, *conditions)
     clock_at, times_at, now_at, *inputs = map(address_of, given) if plan.ready else given
-    share, slots = specification.LATENT_SAMPLES // len(latents), specification._SLOT_ROWS * max_streams
+    share, slots = specification.LATENT_SAMPLES // len(latents), specification.SLOT_ROWS * max_streams
     with torch.cuda.device_of(clock):
         for i, (x, launch) in enumerate(zip(latents, plan.compare, strict=True)):
             span = share if i + 1 < len(latents) else specification.LATENT_SAMPLES - i * share

@@ -19,18 +19,18 @@ from .trajectory import DenseSteps, fraction_of, is_dense, is_refresh, time_scal
 GENERATION, STEP, SLOT, CALLS, DENSE_CALLS, RESET, TIMESTEP, NUMEL, EPOCH, UNDECIDED, DIRECTION = range(11)
 FIRST_TIMESTEP, TIME_SCALE, LAST_STEPS = 11, 12, 13
 ANNOUNCED_STEPS, ANNOUNCED, TICKET, USED_TICKET, ANNOUNCED_EPOCH = 14, 15, 16, 17, 18
-_HEADER = 20
-_SLOT_ROWS = 5
+HEADER_WORDS = 20
+SLOT_ROWS = 5
 
 LATENT_SAMPLES = 4096
 PROJECTIONS = 4
 CONDITION_WORDS = 2 * PROJECTIONS
 """int32 words of the fingerprint of one input: float64 projections."""
-_DIGIT_BITS, _WEIGHT_BITS, _DROPPED_BITS = 12, 13, 9
-_HASHES = ((92821, 68371, 75503), (81869, 99371, 53113), (104651, 88001, 67801), (72271, 110581, 96001))
+DIGIT_BITS, WEIGHT_BITS, DROPPED_BITS = 12, 13, 9
+HASHES = ((92821, 68371, 75503), (81869, 99371, 53113), (104651, 88001, 67801), (72271, 110581, 96001))
 """Per projection: multipliers for the three digits of a position. The middle bits of the sum are its weight."""
-_LARGE, _LARGE_CODE, _NAN_CODE = 2.0**40, 4096.0, 3000.5
-"""Numbers beyond `_LARGE` count as `_LARGE_CODE` plus their log2, so that a mask of infinities hides nothing else."""
+LARGE, LARGE_CODE, NAN_CODE = 2.0**40, 4096.0, 3000.5
+"""Numbers beyond `LARGE` count as `LARGE_CODE` plus their log2, so that a mask of infinities hides nothing else."""
 
 NEXT_STEP_COSINE = 0.5
 """Latents of consecutive steps correlate better in runs of eight steps or more; unrelated ones stay within +-0.3."""
@@ -52,13 +52,15 @@ MAX_ENTRIES = 32
 
 def clock_words(max_streams: int, conditions: int) -> int:
     """Length of the int32 tensor of a clock that watches that many conditioning inputs."""
-    return _HEADER + _SLOT_ROWS * max_streams + 2 * LATENT_SAMPLES + max_streams * max(1, conditions) * CONDITION_WORDS
+    return (
+        HEADER_WORDS + SLOT_ROWS * max_streams + 2 * LATENT_SAMPLES + max_streams * max(1, conditions) * CONDITION_WORDS
+    )
 
 
 def slot_table(clock: Tensor, max_streams: int) -> Tensor:
     """int32 `[5, max_streams]`: per slot its generation, the step it was last used in, its epoch, 1 if that step was
     one of the dense ones, and the epoch that its stream began with, an earlier one if marks were refreshed since."""
-    return clock[_HEADER : _HEADER + _SLOT_ROWS * max_streams].view(_SLOT_ROWS, max_streams)
+    return clock[HEADER_WORDS : HEADER_WORDS + SLOT_ROWS * max_streams].view(SLOT_ROWS, max_streams)
 
 
 def sample_positions(size: int, count: int, device: torch.device) -> Tensor:
@@ -91,10 +93,10 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
         flat = _tame(flat.float() if flat.dtype in (torch.float16, torch.bfloat16) else flat.to(torch.float64))
         index = torch.arange(flat.shape[0], device=device)
         # A weight is a hash of the position's digits, in products that fit 32 bits, since Inductor has no more.
-        mask = 2**_DIGIT_BITS - 1
-        low, middle, high = index & mask, (index >> _DIGIT_BITS) & mask, index >> 2 * _DIGIT_BITS
-        sums = [low * a + middle * b + high * c for a, b, c in _HASHES]
-        hashed = [(x >> _DROPPED_BITS) & (2**_WEIGHT_BITS - 1) for x in sums]
+        mask = 2**DIGIT_BITS - 1
+        low, middle, high = index & mask, (index >> DIGIT_BITS) & mask, index >> 2 * DIGIT_BITS
+        sums = [low * a + middle * b + high * c for a, b, c in HASHES]
+        hashed = [(x >> DROPPED_BITS) & (2**WEIGHT_BITS - 1) for x in sums]
         fingerprints.append(torch.stack([((h.to(torch.float64) + 1) * flat.to(torch.float64)).sum() for h in hashed]))
     return torch.cat(fingerprints).view(torch.int32)
 
@@ -102,8 +104,8 @@ def identify(conditions: Sequence[Tensor | int | float], device: torch.device) -
 def _tame(x: Tensor) -> Tensor:
     """`x`, float64 or float32, with what would swallow all else in a sum replaced by small numbers that tell it."""
     size = x.abs().clamp(max=torch.finfo(x.dtype).max)
-    x = torch.where(size > _LARGE, x.sign() * (_LARGE_CODE + size.clamp(min=1.0).log2()), x)
-    return torch.where(x.isnan(), _NAN_CODE, x)
+    x = torch.where(size > LARGE, x.sign() * (LARGE_CODE + size.clamp(min=1.0).log2()), x)
+    return torch.where(x.isnan(), NAN_CODE, x)
 
 
 def sample_latents(latents: Sequence[Tensor]) -> Tensor:
@@ -178,7 +180,7 @@ def advance(
         return advance_by_kernels(clock, latents, timestep, conditions, *rules)
     slots = slot_table(clock, max_streams)
     slot_generation, slot_step, slot_epoch, slot_dense, slot_began = slots.unbind()
-    stored = clock[_HEADER + _SLOT_ROWS * max_streams :].view(torch.float32)
+    stored = clock[HEADER_WORDS + SLOT_ROWS * max_streams :].view(torch.float32)
     last, first = stored[:LATENT_SAMPLES], stored[LATENT_SAMPLES : 2 * LATENT_SAMPLES]
     known = stored[2 * LATENT_SAMPLES :].view(torch.int32).view(max_streams, -1)
 
@@ -258,7 +260,7 @@ def advance(
     }
     updated = torch.cat(
         [
-            torch.stack([header.get(word, clock[word]).to(torch.int32) for word in range(_HEADER)]),
+            torch.stack([header.get(word, clock[word]).to(torch.int32) for word in range(HEADER_WORDS)]),
             torch.where(taken, generation, slot_generation).to(torch.int32),
             torch.where(taken, step, slot_step).to(torch.int32),
             slot_epoch.to(torch.int32),

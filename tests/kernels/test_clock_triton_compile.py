@@ -13,7 +13,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
-from lite_compile.kernels import clock_triton  # noqa: E402
+from lite_compile.kernels import clock_inputs_triton, clock_triton  # noqa: E402
 
 ARCHITECTURES = (80, 89, 90, 100)
 
@@ -33,12 +33,12 @@ def compile_offline(arch: int, kernel: Any, constants: dict[str, Any], stage: st
 def test_what_reads_inputs(arch: int, dtype: str) -> None:
     for size in ("i32", "i64"):
         assert ".entry compare_latents" in compile_offline(
-            arch, clock_triton.compare_latents, {"IS_LARGE": size == "i64"}, x=f"*{dtype}", clock="*i32",
+            arch, clock_inputs_triton.compare_latents, {"IS_LARGE": size == "i64"}, x=f"*{dtype}", clock="*i32",
             samples="*fp32", verdicts="*fp32", size=size,
         )  # fmt: skip
         ptx = compile_offline(
             arch,
-            clock_triton.project,
+            clock_inputs_triton.project,
             {"BLOCK": 1024, "IS_WIDE": dtype != "bf16"},
             x=f"*{dtype}",
             partials="*fp64",
@@ -64,8 +64,8 @@ def test_sizes_close_to_what_32_bits_hold_are_rounded_up_in_64() -> None:
     """Rounded up in 32 bits, a size of 2^31 - 1 is negative: no element would count."""
     types = {"x": "*i8", "clock": "*i32", "samples": "*fp32", "verdicts": "*fp32", "partials": "*fp64"}
     for kernel, constants in (
-        (clock_triton.compare_latents, {"IS_LARGE": True}),
-        (clock_triton.project, {"BLOCK": 1024, "IS_WIDE": True}),
+        (clock_inputs_triton.compare_latents, {"IS_LARGE": True}),
+        (clock_inputs_triton.project, {"BLOCK": 1024, "IS_WIDE": True}),
     ):
         named = {name: types[name] for name in kernel.arg_names if name in types}
         code = compile_offline(90, kernel, constants, "ttir", **named)

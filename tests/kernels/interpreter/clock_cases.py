@@ -22,7 +22,8 @@ from lite_compile.clock import (
     sample_positions,
 )
 from lite_compile.clock_op import MAX_TIMES, _advance_cuda
-from lite_compile.kernels.clock_triton import advance_triton, compare_latents
+from lite_compile.kernels.clock_inputs_triton import compare_latents
+from lite_compile.kernels.clock_triton import advance_triton
 from lite_compile.ops import NOW_GENERATION, NOW_SLOT, NOW_STEP
 from lite_compile.trajectory import NONE_DENSE, DenseSteps
 
