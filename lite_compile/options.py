@@ -244,6 +244,12 @@ class Options:
         "Whether the graph also measures, on sampled queries, the softmax mass that each layer drops at each step, for "
         "`stats()`, `plot()` and `save_report()`.",
     )
+    fuse_rotary: bool = _option(
+        True,
+        _boolean,
+        "Whether, on GPUs and from 2^24 elements of q on, RMS norm and rotary embedding of q and k become one kernel "
+        "of ours, which reads and writes memory once, where the graph spells them in a known way.",
+    )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
     )
