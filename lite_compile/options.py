@@ -250,6 +250,11 @@ class Options:
         "Whether, on GPUs and from 2^24 elements of q on, RMS norm and rotary embedding of q and k become one kernel "
         "of ours, which reads and writes memory once, where the graph spells them in a known way.",
     )
+    fuse_gelu: bool = _option(
+        True,
+        _boolean,
+        "Whether, on GPUs and from 2^24 elements on, GELU by the tanh formula is part of the linear layer before it.",
+    )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
     )
