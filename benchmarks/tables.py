@@ -21,7 +21,8 @@ _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)"
 
 ATTENTION, FORWARD = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json"), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
-CALIBRATION, FIDELITY = "calibration-long-h200.json", "fidelity-long-h200.json"
+CALIBRATION, CALIBRATION_MASS = "calibration-long-h200.json", "calibration-mass-long-h100.json"
+FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
 MODELS = {
     "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
     "14b": "Wan2.1-14B, 720p, 75,600 tokens",
@@ -138,9 +139,9 @@ def suites() -> str:
     return table(header, rows)
 
 
-def fidelity() -> str:
+def fidelity(name: str = FIDELITY) -> str:
     """Every method at every density, against dense videos of the same seeds."""
-    run = load(FIDELITY)
+    run = load(name)
     header = [
         "density",
         "method",
@@ -165,21 +166,22 @@ def fidelity() -> str:
         cells += (f"{row['seconds']:.2f}",)
         rows.append((f"{row['density']:.3f}", *cells))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
-    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/{FIDELITY}`)."
+    about += f", {run['steps']} steps, {len(run['prompts'])} prompts (`benchmarks/results/{name}`)."
     return table(header, rows) + f"\n{about}\n"
 
 
-def calibration() -> str:
+def calibration(name: str = CALIBRATION) -> str:
     """Calibrated and constant thresholds on generations that calibration did not see."""
-    run = load(CALIBRATION)
+    run = load(name)
     header = ["threshold", "layer-steps within their budget", "within the target", "density", "PSNR, dB: mean"]
     header += ["of it the worst", "reach the target", "seconds per video", "seconds to calibrate"]
     header += ["density less than of a constant with the same PSNR", "sparser on", "cost, in dense generations"]
-    named = {"-inf": run["nothing_skipped"]} | {f"constant {name}": row for name, row in run["constants"].items()}
-    named |= {f"l1 {name}": run["calibrated"][name] for name in sorted(run["calibrated"], key=float)}
-    named |= {f"PSNR {name}": row for name, row in run.get("psnr_targets", {}).items()}
+    constants = run.get("constants", {})
+    named = {"-inf": run["nothing_skipped"]} | {f"constant {value}": row for value, row in constants.items()}
+    named |= {f"l1 {target}": run["calibrated"][target] for target in sorted(run["calibrated"], key=float)}
+    named |= {f"PSNR {target}": row for target, row in run.get("psnr_targets", {}).items()}
     rows = []
-    for name, row in named.items():
+    for label, row in named.items():
         shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]
         equal = row.get("against_constant")
         gain = f"{equal['gain']:.4f} ± {equal['gain_stdev']:.4f}" if equal else "not bracketed" if "cost" in row else ""
@@ -189,11 +191,11 @@ def calibration() -> str:
         time = "" if row["seconds"] != row["seconds"] else f"{row['seconds']:.2f}"
         spent = f"{row['calibration_seconds']:.0f}" if "calibration_seconds" in row else ""
         decibels = (f"{row['mean_psnr']:.1f}", f"{min(row['psnr']):.1f}")
-        rows.append((name, *shares, f"{row['mean_density']:.3f}", *decibels, reach, time, spent, gain, seeds, cost))
+        rows.append((label, *shares, f"{row['mean_density']:.3f}", *decibels, reach, time, spent, gain, seeds, cost))
     about = f"{run['device']}, {run['dtype']}, torch {run['torch']}, commit {run['commit']}, {run['tokens']:,} tokens"
     prompts, seeds = len(run["calibration_prompts"]), len(run["nothing_skipped"]["psnr"])
     about += f", {run['steps']} steps, {prompts} prompts to calibrate, {seeds} held out"
-    return table(header, rows) + f"\n{about} (`benchmarks/results/{CALIBRATION}`).\n"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/{name}`).\n"
 
 
 def criteria() -> str:
@@ -223,7 +225,9 @@ TABLES: dict[str, Callable[[], str]] = {
     "forward": forward,
     "gpu-tests": suites,
     "fidelity": fidelity,
+    "fidelity-calibrated": lambda: fidelity(FIDELITY_CALIBRATED),
     "calibration": calibration,
+    "calibration-mass": lambda: calibration(CALIBRATION_MASS),
     "criteria": criteria,
 }
 
