@@ -116,7 +116,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     if settings.probe:
         record_probes(graph, layers, now, settings.max_streams)
     if settings.fuse_rotary and device.type == "cuda":
-        fuse_rotary(graph)
+        fuse_rotary(graph, device)
     settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
