@@ -45,9 +45,9 @@ def normalize_rotate_kernel(
             value *= tl.load(weight + dim, mask=dim < DIM, other=0).to(tl.float32)
         else:
             value *= tl.load(weight + index, mask=inside, other=0).to(tl.float32)
-    normed = value.to(out.dtype.element_ty).to(tl.float32)  # what the norm alone would have written
+    normed = value.to(x.dtype.element_ty).to(tl.float32)  # what the norm alone would have written
     even, odd = tl.split(tl.reshape(normed, (BLOCK_HEADS, BLOCK_DIM // 2, 2)))
-    pair = tl.arange(0, BLOCK_DIM // 2)[None, :]
+    pair = tl.arange(0, BLOCK_DIM // 2)[None, :].to(tl.int64)  # strides may be long
     has_pair = pair < DIM // 2
     first = pair if PER_PAIR else 2 * pair
     cos += batch * cos_batch + token * cos_token
@@ -73,7 +73,8 @@ def plan_launch(
     x: Tensor, weight: Tensor | None, eps: float, per_head: bool, cos: Tensor, sin: Tensor, out: Tensor
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments, and constants of the launch that fills `out`, `[B, S, H, D]` like `x`."""
-    batch, tokens, heads, dim = x.shape
+    batch, tokens = x.shape[:2]
+    heads, dim = map(int, x.shape[2:])  # symbols of known value may be among them
     blocks = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     per_batch = tuple(0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     arguments = (
@@ -83,6 +84,7 @@ def plan_launch(
     constants = {
         "HEADS": heads, "DIM": dim, "BLOCK_HEADS": blocks[0], "BLOCK_DIM": blocks[1],
         "PER_HEAD": per_head, "HAS_WEIGHT": weight is not None,
-        "PER_PAIR": cos.shape[3] == dim // 2, "num_warps": min(max(blocks[0] * blocks[1] // _ELEMENTS_PER_WARP, 1), 16),
+        "PER_PAIR": bool(cos.shape[3] == dim // 2),
+        "num_warps": min(max(blocks[0] * blocks[1] // _ELEMENTS_PER_WARP, 1), 16),
     }  # fmt: skip
     return (batch * tokens,), arguments, constants

@@ -118,7 +118,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         record_probes(graph, layers, now, settings.max_streams)
     if device.type == "cuda":
         if settings.fuse_rotary:
-            fuse_rotary(graph)
+            fuse_rotary(graph, device)
         if settings.fuse_gelu:
             fuse_gelu(graph)
     settings.thresholds.check_criterion(settings.criterion)

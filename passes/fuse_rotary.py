@@ -7,45 +7,51 @@ from torch import fx
 
 from .graph_inputs import fake_tensor
 from .match_rotary import Rotary, match_rotary
-from .planned_nodes import Operand, PlannedNode, emit, plan
+from .planned_nodes import emit, plan
 
 LEAST_ELEMENTS = 1 << 24
 """From how many elements of q on the op pays: below, one launch more per layer costs more than memory traffic does."""
 
 
-def fuse_rotary(gm: fx.GraphModule, least_elements: int = LEAST_ELEMENTS) -> int:
-    """Replace each norm with the rotation of its result, where the graph has at least so many elements; how many."""
-    from .. import rotary_op  # noqa: F401  (registers normalize_rotate)
+def fuse_rotary(gm: fx.GraphModule, device: torch.device, least_elements: int | None = None) -> int:
+    """Replace each norm on `device` with the rotation of its result by the op.
+
+    Args:
+        least_elements: from how many elements on, `LEAST_ELEMENTS` unless given.
+
+    Returns:
+        How many were replaced.
+    """
+    from .. import rotary_op  # noqa: F401  (registers normalize_rotate; needs Triton)
     from ..kernels.rotary_triton import is_supported
 
-    emitted: dict[Operand, fx.Node] = {}
+    least = LEAST_ELEMENTS if least_elements is None else least_elements
     fused = 0
     for norm in list(gm.graph.nodes):
         found = match_rotary(norm)
-        if found is None or _is_small(found, least_elements):
+        x = None if found is None else fake_tensor(found.x)
+        if found is None or x is None or x.device != device or _is_below(x.numel(), least):
             continue
-        x = fake_tensor(found.x)
-        assert x is not None
-        if is_supported(*x.shape[2:]):
-            _replace(gm.graph, found, emitted)
+        if is_supported(*map(int, x.shape[2:])):  # which are known
+            _replace(gm.graph, found)
             fused += 1
     return fused
 
 
-def _is_small(found: Rotary, least_elements: int) -> bool:
-    """Whether it is known to have fewer elements; a symbolic size is not."""
-    x = fake_tensor(found.x)
-    assert x is not None
-    return isinstance(x.numel(), int) and x.numel() < least_elements
+def _is_below(size: int | torch.SymInt, least: int) -> bool:
+    """Whether a size is known to be less; a symbolic one is not."""
+    return isinstance(size, int) and size < least
 
 
-def _replace(graph: fx.Graph, found: Rotary, emitted: dict[Operand, fx.Node]) -> None:
+def _replace(graph: fx.Graph, found: Rotary) -> None:
     out = found.out
-    rotated: PlannedNode = plan(torch.ops.lite_compile.normalize_rotate.default, *found[2:])
+    # What torch took for variable becomes a constant here: another number is compiled anew.
+    found = found._replace(eps=float(found.eps))
+    rotated = plan(torch.ops.lite_compile.normalize_rotate.default, *found[2:])
     fake = fake_tensor(out)
     assert fake is not None
     with graph.inserting_before(found.span[-1].next):
-        made = emit(graph, rotated if fake.dim() == 4 else plan("flatten", rotated, 2), emitted, like=out)
+        made = emit(graph, rotated if fake.dim() == 4 else plan("flatten", rotated, 2), {}, like=out)
     out.replace_all_uses_with(made, delete_user_cb=lambda user: user not in found.span)
     for node in reversed(found.span):
         graph.erase_node(node)

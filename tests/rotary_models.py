@@ -1,0 +1,146 @@
+"""Norms with rotary embeddings in the spellings of diffusers, and what becomes of their graphs on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+
+from lite_compile.passes.fuse_rotary import fuse_rotary
+from lite_compile.passes.graph_inputs import fake_mode
+
+BATCH, TOKENS, HEADS, DIM = 2, 6, 3, 8
+EPS = 1e-6
+CPU = torch.device("cpu")
+Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
+Spelled = Callable[[Tensor, Tensor | None, Tensor, Tensor], Any]
+"""Of x, the norm's weight, cosines and sines."""
+
+
+def written(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As Wan does; cosines and sines of each pair stand twice."""
+    even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    out = torch.empty_like(y)
+    out[..., 0::2] = even * cos - odd * sin
+    out[..., 1::2] = even * sin + odd * cos
+    return out.type_as(y)
+
+
+def added(y: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """As LTX and Flux do."""
+    even, odd = y.unflatten(-1, (-1, 2)).unbind(-1)
+    swapped = torch.stack([-odd, even], dim=-1).flatten(-2)
+    return (y.float() * cos + swapped.float() * sin).to(y.dtype)
+
+
+def over_tokens(rotate: Rotate) -> Spelled:
+    """x is `[B, S, H * D]`, the norm is over all heads."""
+
+    def spelled(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(F.rms_norm(x, (x.shape[-1],), weight, EPS).unflatten(2, (HEADS, -1)), cos, sin)
+
+    return spelled
+
+
+def over_heads(rotate: Rotate) -> Spelled:
+    """x is `[B, S, H * D]`, the norm is over each head."""
+
+    def spelled(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(F.rms_norm(x.unflatten(2, (HEADS, -1)), (DIM,), weight, EPS), cos, sin)
+
+    return spelled
+
+
+def as_one_head(rotate: Rotate) -> Spelled:
+    """x is `[B, S, C]`, normalised and rotated as it is."""
+
+    def spelled(x: Tensor, weight: Tensor | None, cos: Tensor, sin: Tensor) -> Tensor:
+        return rotate(F.rms_norm(x, (x.shape[-1],), weight, EPS), cos, sin)
+
+    return spelled
+
+
+def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def tables(*shape: int) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of angles that differ from element to element, also within a pair."""
+    angles = 3 * noise(7, *shape)
+    return angles.cos(), angles.sin()
+
+
+def arguments(
+    dtype: torch.dtype = torch.float32, batch: int = BATCH, tokens: int = TOKENS, table_batch: int = 1,
+    per_head: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Of `over_tokens`, or of `over_heads`."""
+    x = noise(0, batch, tokens, HEADS * DIM, dtype=dtype)
+    weight = noise(1, DIM if per_head else HEADS * DIM, dtype=dtype)
+    return x, weight, *tables(table_batch, tokens, 1, DIM)
+
+
+class Outcome(NamedTuple):
+    fused: int
+    is_unchanged: bool
+    """Whether the graph's code is what it was."""
+    guards: int
+    """How many guards on shapes were added."""
+    result: Any
+
+
+def run_fused(
+    function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
+) -> Outcome:
+    """Compile `function` with this one pass and call it."""
+    seen: list[tuple[int, bool, int]] = []
+
+    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        before, shapes = gm.code, fake_mode(gm).shape_env
+        guards = len(shapes.guards) if shapes is not None else 0
+        fused = fuse_rotary(gm, CPU, least_elements=0)
+        gm.graph.lint()
+        gm.recompile()
+        seen.append((fused, gm.code == before, (len(shapes.guards) if shapes is not None else 0) - guards))
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.set_grad_enabled(grad):
+        result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
+    ((fused, is_unchanged, guards),) = seen
+    return Outcome(fused, is_unchanged, guards, result)
+
+
+def assert_same(result: Any, expected: Any) -> None:
+    """float32 closely, half precision to the bit."""
+    if not isinstance(expected, Tensor):
+        assert len(result) == len(expected)
+        for a, b in zip(result, expected, strict=True):
+            assert_same(a, b)
+    elif expected.dtype in (torch.float16, torch.bfloat16):
+        assert torch.equal(result, expected)
+    else:
+        torch.testing.assert_close(result, expected)
+    if isinstance(expected, Tensor):
+        assert result.stride() == expected.stride()
+
+
+class RotaryDenoiser(nn.Module):
+    """One attention of latents `[B, S, heads * dim]` with normed and rotated q and k, as Wan writes it."""
+
+    def __init__(self, heads: int = 2, dim: int = 16, rotate: Rotate = written) -> None:
+        super().__init__()
+        self.heads, self.rotate = heads, rotate
+        self.to_q, self.to_k, self.to_v = (nn.Linear(heads * dim, heads * dim) for _ in range(3))
+        self.norm_q, self.norm_k = (nn.RMSNorm(heads * dim, EPS) for _ in range(2))
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        q, k, v = self.norm_q(self.to_q(hidden_states)), self.norm_k(self.to_k(hidden_states)), self.to_v(hidden_states)
+        q, k, v = (x.unflatten(2, (self.heads, -1)) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (self.rotate(q, cos, sin), self.rotate(k, cos, sin), v))
+        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+        return hidden_states + attended * timestep.cos().to(attended.dtype)[:, None, None]
