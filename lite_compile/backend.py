@@ -24,6 +24,7 @@ from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
+from .passes.fuse_layer_norm import fuse_layer_norm
 from .passes.fuse_rotary import fuse_rotary
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, forget_arguments, placeholders, real_parameters
 from .passes.insert_ranges import insert_ranges
@@ -117,6 +118,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         record_probes(graph, layers, now, settings.max_streams)
     if settings.fuse_rotary and device.type == "cuda":
         fuse_rotary(graph)
+    if settings.fuse_layer_norm and device.type == "cuda":
+        fuse_layer_norm(graph)
     settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))
