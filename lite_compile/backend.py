@@ -119,7 +119,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     if settings.fuse_rotary and device.type == "cuda":
         fuse_rotary(graph)
     if settings.fuse_layer_norm and device.type == "cuda":
-        fuse_layer_norm(graph)
+        fuse_layer_norm(graph, device)
     settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))

@@ -15,23 +15,34 @@ LEAST_ELEMENTS = 1 << 24
 """From how many elements on the ops pay: below, one launch more per norm costs more than memory traffic does."""
 
 
-def fuse_layer_norm(gm: fx.GraphModule, least_elements: int = LEAST_ELEMENTS) -> int:
-    """Replace each layer norm of at least so many elements, with what surrounds it; how many."""
-    from .. import layer_norm_op  # noqa: F401  (registers add_normalize and normalize)
+def fuse_layer_norm(gm: fx.GraphModule, device: torch.device, least_elements: int | None = None) -> int:
+    """Replace each layer norm on `device`, with what surrounds it, by an op.
+
+    Args:
+        least_elements: from how many elements on, `LEAST_ELEMENTS` unless given.
+
+    Returns:
+        How many were replaced.
+    """
+    from .. import layer_norm_op  # noqa: F401  (registers add_normalize and normalize; needs Triton)
     from ..kernels.layer_norm_triton import is_supported
 
+    least = LEAST_ELEMENTS if least_elements is None else least_elements
     fused = 0
     for norm in list(gm.graph.nodes):
         found = match_layer_norm(norm)
-        if found is None:
+        x = None if found is None else fake_tensor(found.operands.x)
+        if found is None or x is None or x.device != device or _is_below(x.numel(), least):
             continue
-        x = fake_tensor(found.operands.x)
-        assert x is not None
-        if (isinstance(x.numel(), int) and x.numel() < least_elements) or not is_supported(x.shape[2]):
-            continue
-        _replace(gm.graph, found)
-        fused += 1
+        if is_supported(x.shape[2]):
+            _replace(gm.graph, found)
+            fused += 1
     return fused
+
+
+def _is_below(size: int | torch.SymInt, least: int) -> bool:
+    """Whether a size is known to be less; a symbolic one is not."""
+    return isinstance(size, int) and size < least
 
 
 def _replace(graph: fx.Graph, found: LayerNorm) -> None:
