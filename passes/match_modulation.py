@@ -78,14 +78,14 @@ def match_modulation(norm: fx.Node, read: fx.Node) -> Modulation | None:
     found = scale = shift = None
     span: tuple[fx.Node, ...] = ()
     for node, vector in _chain(norm):
-        if not _is_of(node, read):
-            break
         if node.target in _MUL and scale is None and shift is None and _is_vector(vector, read):
             scale = vector
         elif node.target in _ADD and shift is None and _is_vector(vector, read):
             shift = vector
         elif node.target in _MUL | _ADD:  # what Inductor computes while it normalises
             return None
+        if not _is_of(node, read):
+            break
         span = (*span, node)
         if _is_of(node, read, or_wider=False):
             found = Modulation(node, scale, shift, span)
