@@ -25,6 +25,7 @@ from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unrea
 from .passes.find_joint_tokens import find_joint_tokens
 from .passes.find_nested_attention import find_nested_attention
 from .passes.fuse_gelu import fuse_gelu
+from .passes.fuse_layer_norm import fuse_layer_norm
 from .passes.fuse_rotary import fuse_rotary
 from .passes.graph_inputs import NESTED, copy_graph, fake_value, forget_arguments, placeholders, real_parameters
 from .passes.insert_ranges import insert_ranges
@@ -121,6 +122,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
             fuse_rotary(graph, device)
         if settings.fuse_gelu:
             fuse_gelu(graph)
+        if settings.fuse_layer_norm:
+            fuse_layer_norm(graph, device)
     settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))

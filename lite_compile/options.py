@@ -255,6 +255,12 @@ class Options:
         _boolean,
         "Whether, on GPUs and from 2^24 elements on, GELU by the tanh formula is part of the linear layer before it.",
     )
+    fuse_layer_norm: bool = _option(
+        True,
+        _boolean,
+        "Whether, on GPUs and from 2^24 elements on, layer norm, the gated residual before it and the modulation after "
+        "it become one kernel of ours, which reads and writes memory once, where the graph spells them in a known way.",
+    )
     inner: Inner = _option(
         "inductor", _one_of("inductor", "aot_eager", "eager"), "What compiles the graph after our passes."
     )

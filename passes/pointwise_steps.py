@@ -280,3 +280,13 @@ def same_shape(x: Any, node: Operand) -> bool:
     if left is None or right is None or left.dim() != right.dim():
         return False
     return all(statically_known_true(a == b) for a, b in zip(left.shape, right.shape, strict=True))
+
+
+def is_dense(fake: torch.Tensor) -> bool:
+    """Whether a tensor is provably in row-major order without gaps. Asking adds no guard."""
+    size: int | torch.SymInt = 1
+    for length, stride in zip(reversed(fake.shape), reversed(fake.stride()), strict=True):
+        if not statically_known_true(length == 1) and not statically_known_true(stride == size):
+            return False
+        size = size * length
+    return True
