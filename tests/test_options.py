@@ -86,6 +86,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"protect": [(i, i + 1) for i in range(5)]}, ValueError, ["protect", "at most 4"]),
     ({"kernel": "hoper"}, ValueError, ["kernel", "'hoper'", "'triton'", "Did you mean 'hopper'?"]),
     ({"kernel": None}, TypeError, ["kernel", "None", "'auto'"]),
+    ({"fuse_layer_norm": 0}, TypeError, ["fuse_layer_norm", "0", "True"]),
+    ({"fuse_layernorm": True}, ValueError, ["fuse_layernorm", "Did you mean 'fuse_layer_norm'?"]),
     ({"inner": "inductr"}, ValueError, ["inner", "'inductr'", "aot_eager", "Did you mean 'inductor'?"]),
     ({"inner": 1}, TypeError, ["inner", "1"]),
     ({"mode": "reduce_overhead"}, ValueError, ["mode", "Did you mean 'reduce-overhead'?"]),
