@@ -66,7 +66,7 @@ def plan_launch(
     scale: Tensor | None, shift: Tensor | None, eps: float, total: Tensor | None, normed: Tensor,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """Grid, arguments, and constants of the launch that fills `normed` and, with `y`, `total`: `[B, S, C]` like `x`."""
-    batch, tokens, dim = x.shape
+    batch, tokens, dim = x.shape[0], x.shape[1], int(x.shape[2])
     block = triton.next_power_of_2(dim)
     arguments = (
         x, y, gate, weight, bias, scale, shift, total, normed, tokens, eps, *map(_per_batch, (gate, scale, shift)),

@@ -34,7 +34,7 @@ def fuse_layer_norm(gm: fx.GraphModule, device: torch.device, least_elements: in
         x = None if found is None else fake_tensor(found.operands.x)
         if found is None or x is None or x.device != device or _is_below(x.numel(), least):
             continue
-        if is_supported(x.shape[2]):
+        if is_supported(int(x.shape[2])):  # which is known
             _replace(gm.graph, found)
             fused += 1
     return fused
@@ -46,12 +46,14 @@ def _is_below(size: int | torch.SymInt, least: int) -> bool:
 
 
 def _replace(graph: fx.Graph, found: LayerNorm) -> None:
+    # What torch took for variable becomes a constant here: another number is compiled anew.
+    operands = found.operands._replace(eps=float(found.operands.eps))
     made: dict[fx.Node, PlannedNode]
     if found.total is None:
-        x, _, _, *others = found.operands
+        x, _, _, *others = operands
         made = {found.out: plan(torch.ops.lite_compile.normalize.default, x, *others)}
     else:
-        both = plan(torch.ops.lite_compile.add_normalize.default, *found.operands)
+        both = plan(torch.ops.lite_compile.add_normalize.default, *operands)
         made = {node: plan(operator.getitem, both, number) for number, node in enumerate((found.total, found.out))}
     emitted: dict[object, fx.Node] = {}
     with graph.inserting_before(found.after.next):

@@ -11,7 +11,7 @@ from torch import fx
 
 from .graph_inputs import fake_tensor, is_sized, special_kind
 from .match_modulation import below_casts, cast_without_detach, is_computed, is_like, match_modulation, match_sum
-from .pointwise_steps import FLOATS, is_dense, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, symbol_or_self, written_meanwhile
 
 
 class Operands(NamedTuple):
@@ -24,7 +24,8 @@ class Operands(NamedTuple):
     bias: fx.Node | None
     scale: fx.Node | None
     shift: fx.Node | None
-    eps: float
+    eps: float | torch.SymFloat
+    """A symbol where `dynamic=True` made one of it."""
 
 
 class LayerNorm(NamedTuple):
@@ -48,7 +49,8 @@ def match_layer_norm(norm: fx.Node) -> LayerNorm | None:
     bound = _SIGNATURE.bind(*norm.args, **norm.kwargs)
     bound.apply_defaults()
     source, shape, weight, bias, eps = list(bound.arguments.values())[:5]
-    if not isinstance(source, fx.Node) or not isinstance(eps, float):
+    eps = symbol_or_self(eps)
+    if not isinstance(source, fx.Node) or not isinstance(eps, float | torch.SymFloat):
         return None
     if not isinstance(shape, list | tuple) or len(shape) != 1:
         return None
@@ -107,7 +109,7 @@ def _needs_gradients(span: list[fx.Node]) -> bool:
 def _is_taken(operands: Operands, results: list[fx.Node]) -> bool:
     """Whether `add_normalize` takes these shapes, dtypes and memory layouts, and its results are like the graph's."""
     x = fake_tensor(operands.x)
-    if x is None or x.dim() != 3 or x.dtype not in FLOATS or not isinstance(x.shape[-1], int) or not is_sized(x):
+    if x is None or x.dim() != 3 or x.dtype not in FLOATS or not is_sized(x) or not _is_known(x.shape[2]):
         return False
     vectors = [fake_tensor(node) for node in (operands.weight, operands.bias) if node is not None]
     return all(is_like(node, operands.x) for node in (operands.x, *results)) and all(
@@ -118,3 +120,8 @@ def _is_taken(operands: Operands, results: list[fx.Node]) -> bool:
         and not special_kind(vector)
         for vector in vectors
     )
+
+
+def _is_known(size: int | torch.SymInt) -> bool:
+    """Whether a size is a number, or a symbol that became one. Asking adds no guard."""
+    return isinstance(size, int) or size.node.maybe_as_int() is not None

@@ -89,6 +89,8 @@ WRONG: list[tuple[dict[str, Any], type[Exception], list[str]]] = [
     ({"fuse_rotary": 1}, TypeError, ["fuse_rotary", "1", "True"]),
     ({"fuse_rotary": "cuda"}, TypeError, ["fuse_rotary", "'cuda'"]),
     ({"fuse_rotery": True}, ValueError, ["fuse_rotery", "Did you mean 'fuse_rotary'?"]),
+    ({"fuse_layer_norm": 0}, TypeError, ["fuse_layer_norm", "0", "True"]),
+    ({"fuse_layernorm": True}, ValueError, ["fuse_layernorm", "Did you mean 'fuse_layer_norm'?"]),
     ({"inner": "inductr"}, ValueError, ["inner", "'inductr'", "aot_eager", "Did you mean 'inductor'?"]),
     ({"inner": 1}, TypeError, ["inner", "1"]),
     ({"mode": "reduce_overhead"}, ValueError, ["mode", "Did you mean 'reduce-overhead'?"]),

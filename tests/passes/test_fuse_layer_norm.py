@@ -21,6 +21,7 @@ from norm_models import (
     Arguments,
     added_modulated,
     arguments,
+    blocks,
     gated_affine,
     gated_modulated,
     modulated,
@@ -203,24 +204,30 @@ def test_a_weight_without_a_bias_and_the_module() -> None:
     assert_fused(lambda x, y: norm(x), *arguments()[:2])
 
 
-def blocks(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What an op returns is what the next one reads."""
-    for _ in range(3):
-        attended = (norm_of(x) * (1 + scale) + shift).type_as(x).sin()
-        x = (x.float() + attended * gate).type_as(x)
-        attended = norm_of(x, weight, bias).type_as(x).cos()
-        x = x + attended
-        fed = (norm_of(x) * (1 + shift) + gate).type_as(x).tanh()
-        x = (x.float() + fed.float() * scale).type_as(x)
-    return x
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 def test_blocks_in_a_row(dtype: torch.dtype) -> None:
     code = assert_fused(blocks, *arguments(dtype), times=9)
     assert code.count("lite_compile.add_normalize.default(") == 8
     assert code.count("lite_compile.normalize.default(") == 1
     assert code.count(".float()") == 2  # of the last sum, which no norm follows
+
+
+def test_an_epsilon_that_is_a_symbol() -> None:
+    """Under `dynamic=True` that of a module is one, which becomes a constant again: another is compiled anew."""
+    norm = nn.LayerNorm(DIM, 0.25, elementwise_affine=False)
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
+        assert fuse_layer_norm(gm, CPU, least_elements=0) == 1
+        gm.recompile()
+        return gm.forward
+
+    torch._dynamo.reset()
+    x, y, *_ = arguments()
+    run = torch.compile(lambda x, y: (x + y, norm(x + y)), backend=backend, fullgraph=True, dynamic=True)
+    with torch.no_grad():
+        for eps in (0.25, 4.0, 1e-6):
+            norm.eps = eps
+            torch.testing.assert_close(run(x, y)[1], F.layer_norm(x + y, (DIM,), None, None, eps))
 
 
 @pytest.mark.parametrize("least", [BATCH * TOKENS * DIM, BATCH * TOKENS * DIM + 1])
@@ -273,10 +280,11 @@ def tiny_flux() -> tuple[nn.Module, dict[str, Any]]:
     return model, {**given, **ids, "pooled_projections": noise(2, 1, 16)}
 
 
+@pytest.mark.parametrize("dynamic", [None, True])
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize(("make", "times"), [(tiny_wan, 7), (tiny_ltx, 1), (tiny_flux, 11)])
 def test_models_of_diffusers(
-    make: Callable[[], tuple[nn.Module, dict[str, Any]]], times: int, dtype: torch.dtype
+    make: Callable[[], tuple[nn.Module, dict[str, Any]]], times: int, dtype: torch.dtype, dynamic: bool | None
 ) -> None:
     """All norms of them, with parameters as `from_pretrained` leaves them."""
     pytest.importorskip("diffusers")
@@ -290,7 +298,7 @@ def test_models_of_diffusers(
     }
     with torch.no_grad():
         (expected,) = model(**given, return_dict=False)
-    outcome = run_fused(model, **given, return_dict=False)
+    outcome = run_fused(model, **given, return_dict=False, dynamic=dynamic)
     assert outcome.fused == times
     assert "functional.layer_norm(" not in outcome.code
     (result,) = outcome.result
