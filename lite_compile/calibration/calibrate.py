@@ -123,11 +123,9 @@ class _Phases:
         self._survey()
         reached = None
         if quality is None:
-            points, slopes = self._search(self._prompts)
-            points, errors, densities = self._repair(points, slopes)
+            points, errors, densities = self._repair(self._search(self._prompts))
         else:
-            points, slopes = self._search(self._prompts[:SEARCHED])
-            points, reached = self._meet(quality, points, slopes, held_out)
+            points, reached = self._meet(quality, self._search(self._prompts[:SEARCHED]), held_out)
             errors, densities = self._replay(points, "final")
         thresholds = self._thresholds(points)
         fractions = sorted({f for steps in (*points.values(), *errors.values()) for f in steps} | {0.0, 1.0})
@@ -152,10 +150,9 @@ class _Phases:
         self._calls = result["calls"]
         self._attentions += self._calls
 
-    def _search(self, prompts: Sequence[Any]) -> tuple[Points, dict[str, float]]:
-        """Thresholds that keep the budget in each prompt's generation, and the layers' slopes."""
+    def _search(self, prompts: Sequence[Any]) -> Points:
+        """Thresholds that keep the budget in each prompt's generation."""
         found: list[Points] = []
-        slopes: dict[str, list[float]] = {}
         unused: dict[str, str] = {}
         for number, prompt in enumerate(progress(prompts, "searching thresholds")):
             result = self._journal.once(f"search {number}", partial(self._search_one, prompt, tuple(found)))
@@ -163,8 +160,6 @@ class _Phases:
             self._attentions += result["attentions"]
             self._criterion = next(iter(result["layers"].values()), "max")
             unused.update(result["layers"])
-            for layer, slope in result["slopes"].items():
-                slopes.setdefault(layer, []).append(slope)
         points = strictest(found)
         if not points:
             raise RuntimeError(
@@ -173,7 +168,7 @@ class _Phases:
             )
         # What the options keep dense has no thresholds, but is among the layers of the model.
         points |= {layer: {0.0: -math.inf} for layer in unused if layer not in points}
-        return points, {layer: min(values) for layer, values in slopes.items()}
+        return points
 
     def _search_one(self, prompt: Any, before: Sequence[Points]) -> dict[str, Any]:
         limits = strictest(before)
@@ -185,11 +180,11 @@ class _Phases:
         search = ThresholdSearch(self._budget, MARGIN, cap)
         self._generations.observe(prompt, search)
         return {
-            "points": _to_json(search.found), "layers": search.layers, "slopes": search.slopes(), 
+            "points": _to_json(search.found), "layers": search.layers,
             "attentions": search.kernel_calls,
         }  # fmt: skip
 
-    def _repair(self, points: Points, slopes: dict[str, float]) -> tuple[Points, Points, Points]:
+    def _repair(self, points: Points) -> tuple[Points, Points, Points]:
         """Replay the thresholds; where a layer breaks its budget, make what leads there more careful and try again."""
         for attempt in range(REPAIRS + 1):
             errors, densities = self._replay(points, f"replay {attempt}")
@@ -198,7 +193,7 @@ class _Phases:
                 break
             for layer, (ratio, last) in broken.items():
                 if ratio > 1:
-                    less = min(8.0, math.log2(min(ratio / MARGIN, 2.0**16)) / slopes.get(layer, 1.0) + 0.25)
+                    less = min(8.0, math.log2(min(ratio / MARGIN, 2.0**16)) + 0.25)
                     points[layer] = {f: max(FLOOR, t - less) if f < last else t for f, t in points[layer].items()}
         return points, errors, densities
 
@@ -232,17 +227,15 @@ class _Phases:
         self._generations.observe(prompt, replay)
         return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
 
-    def _meet(
-        self, target: QualityTarget, points: Points, slopes: dict[str, float], held_out: list[Any]
-    ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and how close they come."""
+    def _meet(self, target: QualityTarget, points: Points, held_out: list[Any]) -> tuple[Points, Quality]:
+        """Thresholds scaled until generations meet the target, and how close they come.
+
+        What is dropped under a threshold is in proportion to 2**threshold, so that is what the budget's scale shifts.
+        """
 
         def scaled(x: float) -> Points:
             return {
-                layer: {
-                    f: t if t < FLOOR else min(0.0, max(FLOOR, t + x / slopes.get(layer, 1.0)))
-                    for f, t in steps.items()
-                }
+                layer: {f: t if t < FLOOR else min(0.0, max(FLOOR, t + x)) for f, t in steps.items()}
                 for layer, steps in points.items()
             }
 
