@@ -28,14 +28,17 @@ from .journal import Journal
 from .points import Points, interpolate, strictest
 from .replay import Replay
 from .result import Calibration, Quality
+from .scale_search import ScaleSearch
 from .search import FLOOR, ThresholdSearch
 from .survey import Survey
-from .target import QualityTarget, ScaleSearch
+from .target import QualityRuns, QualityTarget, calibration_prompt
 
 MARGIN = 0.8
 """Share of the budget that the search aims at: other prompts and seeds err a little more."""
 REPAIRS = 2
 """How often thresholds are made more careful where a replay breaks the budget."""
+HASTE = 2.0
+"""Log2 units that a threshold is lowered by per log2 unit of excess: few repairs have to do, and tiles are few."""
 SEARCHED = 2
 """Prompts that are searched where whole generations decide in the end."""
 
@@ -120,12 +123,12 @@ class _Phases:
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
-        self._survey()
+        dense = self._survey()
         reached = None
         if quality is None:
             points, errors, densities = self._repair(self._search(self._prompts))
         else:
-            points, reached = self._meet(quality, self._search(self._prompts[:SEARCHED]), held_out)
+            points, reached = self._meet(quality, self._search(self._prompts[:SEARCHED]), held_out, dense)
             errors, densities = self._replay(points, "final")
         thresholds = self._thresholds(points)
         fractions = sorted({f for steps in (*points.values(), *errors.values()) for f in steps} | {0.0, 1.0})
@@ -137,18 +140,19 @@ class _Phases:
             save_calibration(calibration, path, fractions, len(self._prompts))
         return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))
 
-    def _survey(self) -> None:
-        """See in a dense generation where the run has its steps."""
-        survey = Survey()
+    def _survey(self) -> list[Any]:
+        """See in a dense generation of the first prompt where the run has its steps; what it gave, if done now."""
+        survey, dense = Survey(), list[Any]()
 
         def look() -> dict[str, Any]:
-            self._generations.observe(self._prompts[0], survey)
+            dense.append(self._generations.observe(self._prompts[0], survey))
             return {"steps": survey.steps, "calls": survey.calls}
 
         result = self._journal.once("survey", look)
         self._budget = replace(self._budget, steps=tuple(result["steps"]))
         self._calls = result["calls"]
         self._attentions += self._calls
+        return dense
 
     def _search(self, prompts: Sequence[Any]) -> Points:
         """Thresholds that keep the budget in each prompt's generation."""
@@ -179,10 +183,7 @@ class _Phases:
         )
         search = ThresholdSearch(self._budget, MARGIN, cap)
         self._generations.observe(prompt, search)
-        return {
-            "points": _to_json(search.found), "layers": search.layers,
-            "attentions": search.kernel_calls,
-        }  # fmt: skip
+        return {"points": _to_json(search.found), "layers": search.layers, "attentions": search.kernel_calls}
 
     def _repair(self, points: Points) -> tuple[Points, Points, Points]:
         """Replay the thresholds; where a layer breaks its budget, make what leads there more careful and try again."""
@@ -193,7 +194,7 @@ class _Phases:
                 break
             for layer, (ratio, last) in broken.items():
                 if ratio > 1:
-                    less = min(8.0, math.log2(min(ratio / MARGIN, 2.0**16)) + 0.25)
+                    less = min(8.0, HASTE * math.log2(min(ratio / MARGIN, 2.0**16)) + 0.25)
                     points[layer] = {f: max(FLOOR, t - less) if f < last else t for f, t in points[layer].items()}
         return points, errors, densities
 
@@ -227,8 +228,10 @@ class _Phases:
         self._generations.observe(prompt, replay)
         return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
 
-    def _meet(self, target: QualityTarget, points: Points, held_out: list[Any]) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and how close they come.
+    def _meet(
+        self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
+    ) -> tuple[Points, Quality]:
+        """Thresholds scaled until generations meet the target, and how close they come; `dense`: of the first prompt.
 
         What is dropped under a threshold is in proportion to 2**threshold, so that is what the budget's scale shifts.
         """
@@ -239,14 +242,21 @@ class _Phases:
                 for layer, steps in points.items()
             }
 
-        search = ScaleSearch(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
-        x, values = search.find(self._prompts)
+        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
+        for result in dense:
+            runs.note_dense(calibration_prompt(0), result)
+        runs.check_repeatable(self._prompts[0])
+        search = ScaleSearch(
+            target, len(self._prompts), partial(runs.evaluate, self._prompts), lambda a, b: scaled(a) == scaled(b)
+        )
+        best = search.find()
         others = []
         for number, prompt in enumerate(progress(held_out, "held-out prompts")):
             name = f"held-out prompt {number}"
-            others.append(self._journal.once(name, partial(search.measure, prompt, name, x)))
-        self._attentions += self._calls * search.runs
-        return scaled(x), Quality(target.name, target.value, 2.0**x, tuple(values), tuple(others))
+            others.append(self._journal.once(name, partial(runs.measure, prompt, name, best.scale)))
+        self._attentions += self._calls * (len(self._prompts) - 1 + runs.runs)
+        values = tuple(best.values[number] for number in range(len(self._prompts)))
+        return scaled(best.scale), Quality(target.name, target.value, 2.0**best.scale, values, tuple(others))
 
     def _thresholds(self, points: Points) -> CalibratedThresholds:
         layers = tuple((layer, _schedule(steps)) for layer, steps in points.items())
