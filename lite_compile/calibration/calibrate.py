@@ -33,6 +33,7 @@ from .search import FLOOR, ThresholdSearch
 from .survey import Survey
 from .target import QualityRuns, QualityTarget, calibration_prompt
 
+TARGET_ERROR = 0.05
 MARGIN = 0.8
 """Share of the budget that the search aims at: other prompts and seeds err a little more."""
 REPAIRS = 2
@@ -46,7 +47,7 @@ SEARCHED = 2
 def calibrate(
     model: nn.Module,
     run: Callable[..., Any],
-    target_error: float = 0.05,
+    target_error: float | None = None,
     metric: str = "l1",
     out: str | os.PathLike[str] | None = None,
     *,
@@ -69,7 +70,8 @@ def calibrate(
         model: the denoiser itself, for example `pipe.transformer`, compiled with `backend="liteattention"`.
         run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
         target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
-            may use `share` of it. With `target_psnr` or `target_ssim`: where the search begins.
+            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None: the
+            root mean square error that the PSNR stands for, 0.0125 to 0.2, or 0.05.
         metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
         out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
             from.
@@ -90,6 +92,8 @@ def calibrate(
     original, quality = check_arguments(
         model, run, target_error, metric, prompts, target_psnr, target_ssim, held_out, value_range
     )
+    if target_error is None:
+        target_error = TARGET_ERROR if quality is None else quality.first_error(TARGET_ERROR)
     given: list[Any] = [None] if prompts is None else list(prompts)
     budget = Budget(float(target_error), metric, share)
     budget.at(0.0), budget.at(1.0)

@@ -51,6 +51,12 @@ class QualityTarget:
             return math.inf if bound >= 1 else -math.inf
         return (math.log2(1 - self.value) - math.log2(1 - bound)) / 2  # quadratic in the error
 
+    def first_error(self, usual: float) -> float:
+        """The budget to begin with: the root mean square error that a PSNR stands for, at most 4 times off `usual`."""
+        if self.name != "psnr":
+            return usual
+        return max(usual / 4, min(4 * usual, 10 ** (-self.value / 20)))
+
 
 def lower_bound_of_another(values: Sequence[float]) -> float:
     """What one more value exceeds in 95 % of the cases, given two or more of a normal distribution."""

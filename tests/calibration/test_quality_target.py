@@ -156,6 +156,12 @@ def test_room_for_larger_errors() -> None:
     assert (exact.room(1.0), exact.room(0.99)) == (math.inf, -math.inf)
 
 
+def test_where_the_search_begins() -> None:
+    psnr_targets = [QualityTarget("psnr", value, None).first_error(0.05) for value in (10.0, 30.0, 90.0)]
+    assert psnr_targets == pytest.approx([0.2, 10**-1.5, 0.0125])
+    assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
+
+
 @pytest.mark.parametrize("count", [2, 3, 6, 14])
 def test_95_percent_of_other_prompts_are_above_the_bound(count: int) -> None:
     draws = np.random.default_rng(count).normal(30.0, 4.0, (20_000, count + 1))
