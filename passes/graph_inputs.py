@@ -11,7 +11,7 @@ from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -70,14 +70,9 @@ def is_sized(value: torch.Tensor) -> bool:
     return all(size_hint(size) for size in value.shape)
 
 
-def is_dense(value: torch.Tensor) -> bool:
-    """Whether `value` provably lies in row-major order without gaps. Asking adds no guard."""
-    size: int | torch.SymInt = 1
-    for length, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not statically_known_true(length == 1) and not statically_known_true(stride == size):
-            return False
-        size = size * length
-    return True
+def is_below(size: int | torch.SymInt, least: int) -> bool:
+    """Whether a size is known to be less; a symbolic one is not. Asking adds no guard."""
+    return isinstance(size, int) and size < least
 
 
 NESTED = "nested tensor"

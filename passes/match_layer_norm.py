@@ -11,7 +11,7 @@ from torch import fx
 
 from .graph_inputs import fake_tensor, is_sized, special_kind
 from .match_modulation import below_casts, cast_without_detach, is_computed, is_like, match_modulation, match_sum
-from .pointwise_steps import FLOATS, is_dense, symbol_or_self, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, switches_gradients, symbol_or_self, written_meanwhile
 
 
 class Operands(NamedTuple):
@@ -98,12 +98,7 @@ def _needs_gradients(span: list[fx.Node]) -> bool:
     computed = [fake_tensor(node) for node in span if cast_without_detach(node) is None]  # a cast may be its input
     if any(fake is None or fake.requires_grad for fake in computed):
         return True
-    node = span[0]
-    while node is not span[-1]:
-        node = node.next
-        if node.target is torch._C._set_grad_enabled:
-            return True
-    return False
+    return switches_gradients(span[0], span[-1])
 
 
 def _is_taken(operands: Operands, results: list[fx.Node]) -> bool:

@@ -274,6 +274,16 @@ def written_meanwhile(span: Iterable[fx.Node], last: fx.Node) -> fx.Node | None:
     return None
 
 
+def switches_gradients(first: fx.Node, last: fx.Node) -> bool:
+    """Whether they are switched on or off between two nodes: what was detached at `first` may not be at `last`."""
+    node = first
+    while node is not last:
+        node = node.next
+        if node.target is torch._C._set_grad_enabled:
+            return True
+    return False
+
+
 def same_shape(x: Any, node: Operand) -> bool:
     """Whether two nodes provably have the same shape. Asking adds no guard."""
     left, right = fake_tensor(x), fake_tensor(node)
