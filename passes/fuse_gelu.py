@@ -13,7 +13,7 @@ from .graph_inputs import fake_tensor, is_below, special_kind
 from .planned_nodes import copy_origin
 from .pointwise_steps import is_dense, switches_gradients, written_meanwhile
 
-LEAST_ELEMENTS = 1 << 22
+LEAST_ELEMENTS = 1 << 24
 """From how many elements of the result on the op pays."""
 _LINEAR, _GELU = {F.linear, torch._C._nn.linear}, {F.gelu, torch._C._nn.gelu}
 

@@ -11,7 +11,7 @@ from .graph_inputs import fake_tensor, is_below
 from .match_layer_norm import LayerNorm, match_layer_norm
 from .planned_nodes import PlannedNode, emit, plan
 
-LEAST_ELEMENTS = 1 << 22
+LEAST_ELEMENTS = 1 << 24
 """From how many elements on the ops pay: below, one launch more per norm costs more than memory traffic does."""
 
 

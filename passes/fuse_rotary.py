@@ -9,7 +9,7 @@ from .graph_inputs import fake_tensor, is_below
 from .match_rotary import Rotary, match_rotary
 from .planned_nodes import emit, plan
 
-LEAST_ELEMENTS = 1 << 22
+LEAST_ELEMENTS = 1 << 24
 """From how many elements of q on the op pays: below, one launch more per layer costs more than memory traffic does."""
 
 

@@ -71,8 +71,9 @@ def is_sized(value: torch.Tensor) -> bool:
 
 
 def is_below(size: int | torch.SymInt, least: int) -> bool:
-    """Whether a size is known to be less; a symbolic one is not. Asking adds no guard."""
-    return isinstance(size, int) and size < least
+    """Whether a size was less when the graph was captured, or depends on data. Asking adds no guard."""
+    hint = size_hint(size)
+    return hint is None or hint < least
 
 
 NESTED = "nested tensor"
