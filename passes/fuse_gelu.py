@@ -11,7 +11,8 @@ from torch import fx
 
 from .graph_inputs import fake_tensor, is_below, special_kind
 from .planned_nodes import copy_origin
-from .pointwise_steps import is_dense, switches_gradients, written_meanwhile
+from .pointwise_steps import is_dense
+from .writes import switches_gradients, written_meanwhile
 
 LEAST_ELEMENTS = 1 << 24
 """From how many elements of the result on the op pays."""

@@ -11,7 +11,8 @@ from torch import fx
 
 from .graph_inputs import fake_tensor, is_sized, special_kind
 from .match_modulation import below_casts, cast_without_detach, is_computed, is_like, match_modulation, match_sum
-from .pointwise_steps import FLOATS, is_dense, switches_gradients, symbol_or_self, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, symbol_or_self
+from .writes import switches_gradients, written_meanwhile
 
 
 class Operands(NamedTuple):

@@ -13,7 +13,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .graph_inputs import fake_tensor, is_sized, special_kind
 from .match_rotation import known_size, match_rotation, reshapes
 from .planned_nodes import Operand, plan
-from .pointwise_steps import FLOATS, is_dense, same_shape, switches_gradients, symbol_or_self, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, same_shape, symbol_or_self
+from .writes import switches_gradients, written_meanwhile
 
 _RMS_NORM = {torch.rms_norm, F.rms_norm}
 
