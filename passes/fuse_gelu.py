@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import fx
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from .graph_inputs import fake_tensor, is_below, special_kind
 from .planned_nodes import copy_origin
@@ -83,6 +84,8 @@ def _operands(
     if same != {(out.dtype, device)} or out.dtype not in (torch.float16, torch.bfloat16) or out.requires_grad:
         return None
     if x.dim() < 2 or weight.dim() != 2 or not all(map(is_dense, (x, weight, bias, out))):
+        return None
+    if bias.dim() != 1 or not statically_known_true(bias.shape[0] == weight.shape[0]):  # torch adds others as well
         return None
     if is_below(out.numel(), least):
         return None

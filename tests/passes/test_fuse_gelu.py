@@ -70,6 +70,8 @@ LEFT: dict[str, Forward] = {
     "in_place": in_place,
     "without_bias": without_bias,
     "wide_bias": wide_bias,
+    "bias_per_token": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, x[0, :, :6].contiguous())),
+    "one_bias_for_all": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, layer.proj.bias.mean())),
     "transposed_input": lambda layer, x: tanh_gelu(layer.proj(x[..., :8, :].transpose(-1, -2))),
 }
 
