@@ -53,6 +53,11 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return None if free_unbacked_symbols(size) else int(size.node.hint)
 
 
+def known_size(size: int | torch.SymInt) -> int | None:
+    """A size that is a number, or a symbol of which the graph's guards have made one."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def follow_from_inputs(sizes: Iterable[int | torch.SymInt], graph: fx.Graph) -> bool:
     """Whether `sizes` can be computed before the graph runs: from sizes of its inputs, not from what they hold."""
     wanted = set[sympy.Symbol]().union(*(free_symbols(size) for size in sizes if isinstance(size, torch.SymInt)))

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph_inputs import fake_tensor, is_sized, special_kind
-from .match_rotation import known_size, match_rotation, reshapes
+from .graph_inputs import fake_tensor, is_sized, known_size, special_kind
+from .match_rotation import match_rotation, reshapes
 from .planned_nodes import Operand, plan
 from .pointwise_steps import FLOATS, is_dense, same_shape, symbol_or_self
 from .writes import switches_gradients, written_meanwhile
