@@ -19,7 +19,8 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION, FORWARD = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json"), ("bench-forward-h200.json",)
+ATTENTION = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json", "bench-gpu-h100-40x32760.json")
+FORWARD, FORWARD_BEFORE = ("bench-forward-h100.json",), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h200.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
@@ -105,9 +106,9 @@ def attention_short() -> str:
     return table(header, rows) + about
 
 
-def forward() -> str:
+def forward(names: Sequence[str] = FORWARD) -> str:
     """Speed-up of one forward of a transformer."""
-    measured, about = load_newest(FORWARD, "model")
+    measured, about = load_newest(names, "model")
     rows = []
     for model in dict.fromkeys(row["model"] for row in measured):
         found = [row for row in measured if row["model"] == model]
@@ -223,6 +224,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-short": attention_short,
     "forward": forward,
+    "forward-before": lambda: forward(FORWARD_BEFORE),
     "gpu-tests": suites,
     "fidelity": fidelity,
     "fidelity-calibrated": lambda: fidelity(FIDELITY_CALIBRATED),

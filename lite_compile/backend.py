@@ -121,7 +121,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
         if settings.fuse_rotary:
             fuse_rotary(graph, device)
         if settings.fuse_gelu:
-            fuse_gelu(graph)
+            fuse_gelu(graph, device)
         if settings.fuse_layer_norm:
             fuse_layer_norm(graph, device)
     settings.thresholds.check_criterion(settings.criterion)

@@ -7,7 +7,7 @@ import operator
 import torch
 from torch import fx
 
-from .graph_inputs import fake_tensor
+from .graph_inputs import fake_tensor, is_below
 from .match_layer_norm import LayerNorm, match_layer_norm
 from .planned_nodes import PlannedNode, emit, plan
 
@@ -32,17 +32,12 @@ def fuse_layer_norm(gm: fx.GraphModule, device: torch.device, least_elements: in
     for norm in list(gm.graph.nodes):
         found = match_layer_norm(norm)
         x = None if found is None else fake_tensor(found.operands.x)
-        if found is None or x is None or x.device != device or _is_below(x.numel(), least):
+        if found is None or x is None or x.device != device or is_below(x.numel(), least):
             continue
         if is_supported(int(x.shape[2])):  # which is known
             _replace(gm.graph, found)
             fused += 1
     return fused
-
-
-def _is_below(size: int | torch.SymInt, least: int) -> bool:
-    """Whether a size is known to be less; a symbolic one is not."""
-    return isinstance(size, int) and size < least
 
 
 def _replace(graph: fx.Graph, found: LayerNorm) -> None:

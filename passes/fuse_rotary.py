@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import fx
 
-from .graph_inputs import fake_tensor
+from .graph_inputs import fake_tensor, is_below
 from .match_rotary import Rotary, match_rotary
 from .planned_nodes import emit, plan
 
@@ -30,17 +30,12 @@ def fuse_rotary(gm: fx.GraphModule, device: torch.device, least_elements: int | 
     for norm in list(gm.graph.nodes):
         found = match_rotary(norm)
         x = None if found is None else fake_tensor(found.x)
-        if found is None or x is None or x.device != device or _is_below(x.numel(), least):
+        if found is None or x is None or x.device != device or is_below(x.numel(), least):
             continue
         if is_supported(*map(int, x.shape[2:])):  # which are known
             _replace(gm.graph, found)
             fused += 1
     return fused
-
-
-def _is_below(size: int | torch.SymInt, least: int) -> bool:
-    """Whether a size is known to be less; a symbolic one is not."""
-    return isinstance(size, int) and size < least
 
 
 def _replace(graph: fx.Graph, found: Rotary) -> None:

@@ -11,7 +11,7 @@ from torch import fx
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols, statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -53,6 +53,11 @@ def size_hint(size: int | torch.SymInt) -> int | None:
     return None if free_unbacked_symbols(size) else int(size.node.hint)
 
 
+def known_size(size: int | torch.SymInt) -> int | None:
+    """A size that is a number, or a symbol of which the graph's guards have made one."""
+    return size if isinstance(size, int) else size.node.maybe_as_int()
+
+
 def follow_from_inputs(sizes: Iterable[int | torch.SymInt], graph: fx.Graph) -> bool:
     """Whether `sizes` can be computed before the graph runs: from sizes of its inputs, not from what they hold."""
     wanted = set[sympy.Symbol]().union(*(free_symbols(size) for size in sizes if isinstance(size, torch.SymInt)))
@@ -70,14 +75,10 @@ def is_sized(value: torch.Tensor) -> bool:
     return all(size_hint(size) for size in value.shape)
 
 
-def is_dense(value: torch.Tensor) -> bool:
-    """Whether `value` provably lies in row-major order without gaps. Asking adds no guard."""
-    size: int | torch.SymInt = 1
-    for length, stride in zip(reversed(value.shape), reversed(value.stride()), strict=True):
-        if not statically_known_true(length == 1) and not statically_known_true(stride == size):
-            return False
-        size = size * length
-    return True
+def is_below(size: int | torch.SymInt, least: int) -> bool:
+    """Whether a size was less when the graph was captured, or depends on data. Asking adds no guard."""
+    hint = size_hint(size)
+    return hint is None or hint < least
 
 
 NESTED = "nested tensor"

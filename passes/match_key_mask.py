@@ -23,7 +23,8 @@ from .graph_inputs import (
     storages,
 )
 from .planned_nodes import Operand, PlannedNode, plan
-from .pointwise_steps import bias_that_hides, is_zero, writes
+from .pointwise_steps import bias_that_hides, is_zero
+from .writes import writes
 
 _POINTWISE = {
     "to", "float", "half", "bfloat16", "double", "bool", "type", "contiguous", "clone", "detach", "expand", "repeat",

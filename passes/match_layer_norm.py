@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import fx
 
-from .graph_inputs import fake_tensor, is_sized, special_kind
+from .graph_inputs import fake_tensor, is_sized, known_size, special_kind
 from .match_modulation import below_casts, cast_without_detach, is_computed, is_like, match_modulation, match_sum
-from .pointwise_steps import FLOATS, is_dense, symbol_or_self, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, symbol_or_self
+from .writes import switches_gradients, written_meanwhile
 
 
 class Operands(NamedTuple):
@@ -98,18 +99,13 @@ def _needs_gradients(span: list[fx.Node]) -> bool:
     computed = [fake_tensor(node) for node in span if cast_without_detach(node) is None]  # a cast may be its input
     if any(fake is None or fake.requires_grad for fake in computed):
         return True
-    node = span[0]
-    while node is not span[-1]:
-        node = node.next
-        if node.target is torch._C._set_grad_enabled:
-            return True
-    return False
+    return switches_gradients(span[0], span[-1])
 
 
 def _is_taken(operands: Operands, results: list[fx.Node]) -> bool:
     """Whether `add_normalize` takes these shapes, dtypes and memory layouts, and its results are like the graph's."""
     x = fake_tensor(operands.x)
-    if x is None or x.dim() != 3 or x.dtype not in FLOATS or not is_sized(x) or not _is_known(x.shape[2]):
+    if x is None or x.dim() != 3 or x.dtype not in FLOATS or not is_sized(x) or known_size(x.shape[2]) is None:
         return False
     vectors = [fake_tensor(node) for node in (operands.weight, operands.bias) if node is not None]
     return all(is_like(node, operands.x) for node in (operands.x, *results)) and all(
@@ -120,8 +116,3 @@ def _is_taken(operands: Operands, results: list[fx.Node]) -> bool:
         and not special_kind(vector)
         for vector in vectors
     )
-
-
-def _is_known(size: int | torch.SymInt) -> bool:
-    """Whether a size is a number, or a symbol that became one. Asking adds no guard."""
-    return isinstance(size, int) or size.node.maybe_as_int() is not None

@@ -10,10 +10,11 @@ import torch.nn.functional as F
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph_inputs import fake_tensor, is_sized, special_kind
-from .match_rotation import known_size, match_rotation, reshapes
+from .graph_inputs import fake_tensor, is_sized, known_size, special_kind
+from .match_rotation import match_rotation, reshapes
 from .planned_nodes import Operand, plan
-from .pointwise_steps import FLOATS, same_shape, symbol_or_self, written_meanwhile
+from .pointwise_steps import FLOATS, is_dense, same_shape, symbol_or_self
+from .writes import switches_gradients, written_meanwhile
 
 _RMS_NORM = {torch.rms_norm, F.rms_norm}
 
@@ -54,7 +55,7 @@ def match_rotary(norm: fx.Node) -> Rotary | None:
         return None
     if any(place[user] < place[span[-1]] for user in rotation.out.users if user not in span):
         return None
-    if written_meanwhile(span[:-1], span[-1]) is not None or _switches_gradients(span[0], span[-1]):
+    if written_meanwhile(span[:-1], span[-1]) is not None or switches_gradients(span[0], span[-1]):
         return None
     if any(fake.requires_grad for node in span if (fake := fake_tensor(node)) is not None):
         return None
@@ -77,16 +78,6 @@ def _heads_apart(norm: fx.Node) -> fx.Node:
     return user if reshapes(user, norm, (*before.shape[:2], *after.shape[2:])) else norm
 
 
-def _switches_gradients(first: fx.Node, last: fx.Node) -> bool:
-    """Whether they are switched on or off between two nodes: what was detached at `first` may not be at `last`."""
-    node = first
-    while node is not last:
-        node = node.next
-        if node.target is torch._C._set_grad_enabled:
-            return True
-    return False
-
-
 def _checked(found: Rotary, y: fx.Node) -> Rotary | None:
     """With operands as `normalize_rotate` takes them, if shapes, dtypes and memory layouts are those it takes."""
     operands = (found.x, found.out, y, found.cos, found.sin, *([] if found.weight is None else [found.weight]))
@@ -98,7 +89,7 @@ def _checked(found: Rotary, y: fx.Node) -> Rotary | None:
     x, out, rotated, cos, sin, *weights = fakes
     if x.dtype not in FLOATS or {out.dtype, rotated.dtype} != {x.dtype} or {cos.dtype, sin.dtype} != {torch.float32}:
         return None
-    if any(weight.dtype not in FLOATS or not _is_dense(weight) for weight in weights) or not _is_dense(out):
+    if any(weight.dtype not in FLOATS or not is_dense(weight) for weight in weights) or not is_dense(out):
         return None
     if x.dim() not in (3, 4) or out.dim() not in (3, 4) or x.dim() > out.dim():
         return None
@@ -119,16 +110,6 @@ def _checked(found: Rotary, y: fx.Node) -> Rotary | None:
 def _is(size: int | torch.SymInt, wanted: int | torch.SymInt) -> bool:
     """Whether two sizes or strides are provably the same. Asking adds no guard."""
     return statically_known_true(size == wanted)
-
-
-def _is_dense(fake: torch.Tensor) -> bool:
-    """Whether a tensor is provably in row-major order without gaps."""
-    size: int | torch.SymInt = 1
-    for length, stride in zip(reversed(fake.shape), reversed(fake.stride()), strict=True):
-        if not _is(length, 1) and not _is(stride, size):
-            return False
-        size = size * length
-    return True
 
 
 def _serves(table: torch.Tensor, out: torch.Tensor, dim: int) -> bool:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from .graph_inputs import fake_tensor
+from .graph_inputs import fake_tensor, known_size
 from .pointwise_steps import cast_of
 
 _RESHAPES = {"view", "reshape", "unflatten", "flatten", torch.reshape, torch.unflatten, torch.flatten}
@@ -55,11 +55,6 @@ def reshapes(node: fx.Node, source: fx.Node, shape: tuple[Any, ...]) -> bool:
     if fake is None or fake.dim() != len(shape):
         return False
     return all(statically_known_true(a == b) for a, b in zip(fake.shape, shape, strict=True))
-
-
-def known_size(size: int | torch.SymInt) -> int | None:
-    """A size that is a number, or a symbol of which the graph's guards have made one."""
-    return size if isinstance(size, int) else size.node.maybe_as_int()
 
 
 def _pairs_of(y: fx.Node) -> _Pairs | None:

@@ -13,9 +13,10 @@ from .attention_site import AttentionSite, Declined, Spelling
 from .graph_inputs import fake_tensor
 from .label_attention import label_attention
 from .planned_nodes import Operand, plan
-from .pointwise_steps import FLOATS, cast_of, written_meanwhile
+from .pointwise_steps import FLOATS, cast_of
 from .trace_operand import Origin, choose_origin, loses_nothing, trace_operand
 from .walk_softmax import walk_down, walk_up
+from .writes import written_meanwhile
 
 _SOFTMAX = {
     torch.softmax, F.softmax, "softmax", torch.special.softmax,

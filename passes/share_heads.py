@@ -12,8 +12,8 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from .attention_site import AttentionSite
 from .graph_inputs import fake_tensor
 from .planned_nodes import Operand, plan
-from .pointwise_steps import written_meanwhile
 from .trace_operand import permutation_of
+from .writes import written_meanwhile
 
 _INTERLEAVE = {"repeat_interleave", torch.repeat_interleave}
 _COPIES = {"contiguous", "clone", torch.clone}

@@ -25,7 +25,7 @@ from .move_tokens import (
     split_part,
 )
 from .planned_nodes import Operand, PlannedNode
-from .pointwise_steps import same_shape, writes
+from .pointwise_steps import same_shape
 from .token_roles import (
     Joint,
     Lost,
@@ -38,6 +38,7 @@ from .token_roles import (
 from .trace_product import as_product
 from .trace_projections import is_product
 from .write_tokens import WrittenTokens
+from .writes import writes
 
 _FRESH = {"zeros_like", "ones_like", "empty_like", "full_like", "new_zeros", "new_ones", "new_empty", "new_full"}
 _CATS: dict[str, int | None] = {

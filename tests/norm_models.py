@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+import functools
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx
+from fused_passes import noise, run_pass
+from torch import Tensor
 
 from lite_compile.passes.fuse_layer_norm import fuse_layer_norm
-from lite_compile.passes.graph_inputs import fake_mode
 
 BATCH, TOKENS, DIM = 2, 5, 48
 EPS = 1e-6
-CPU = torch.device("cpu")
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-
-
-def noise(seed: int, *shape: int, dtype: torch.dtype = FP32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 class Arguments(NamedTuple):
@@ -97,34 +92,4 @@ def blocks(x: Tensor, y: Tensor, gate: Tensor, scale: Tensor, shift: Tensor, wei
     return x
 
 
-class Outcome(NamedTuple):
-    fused: int
-    is_unchanged: bool
-    """Whether the graph's code is what it was."""
-    guards: int
-    """How many guards on shapes were added."""
-    code: str
-    result: Any
-
-
-def run_fused(
-    function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
-) -> Outcome:
-    """Compile `function` with this one pass and call it."""
-    seen: list[tuple[int, bool, int, str]] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        before, shapes = gm.code, fake_mode(gm).shape_env
-        guards = len(shapes.guards) if shapes is not None else 0
-        fused = fuse_layer_norm(gm, CPU, least_elements=0)
-        gm.graph.lint()
-        gm.recompile()
-        added = (len(shapes.guards) if shapes is not None else 0) - guards
-        seen.append((fused, gm.code == before, added, gm.code))
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.set_grad_enabled(grad):
-        result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
-    ((fused, is_unchanged, guards, code),) = seen
-    return Outcome(fused, is_unchanged, guards, code, result)
+run_fused = functools.partial(run_pass, fuse_layer_norm)

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, fx, nn
+from fused_passes import noise, run_pass
+from torch import Tensor, nn
 
 from lite_compile.passes.fuse_rotary import fuse_rotary
-from lite_compile.passes.graph_inputs import fake_mode
 
 BATCH, TOKENS, HEADS, DIM = 2, 6, 3, 8
 EPS = 1e-6
-CPU = torch.device("cpu")
 Rotate = Callable[[Tensor, Tensor, Tensor], Tensor]
 Spelled = Callable[[Tensor, Tensor | None, Tensor, Tensor], Any]
 """Of x, the norm's weight, cosines and sines."""
@@ -64,10 +64,6 @@ def as_one_head(rotate: Rotate) -> Spelled:
     return spelled
 
 
-def noise(seed: int, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
-
-
 def tables(*shape: int) -> tuple[Tensor, Tensor]:
     """Cosines and sines of angles that differ from element to element, also within a pair."""
     angles = 3 * noise(7, *shape)
@@ -84,35 +80,7 @@ def arguments(
     return x, weight, *tables(table_batch, tokens, 1, DIM)
 
 
-class Outcome(NamedTuple):
-    fused: int
-    is_unchanged: bool
-    """Whether the graph's code is what it was."""
-    guards: int
-    """How many guards on shapes were added."""
-    result: Any
-
-
-def run_fused(
-    function: Callable[..., Any], *args: Any, dynamic: bool | None = None, grad: bool = False, **kwargs: Any
-) -> Outcome:
-    """Compile `function` with this one pass and call it."""
-    seen: list[tuple[int, bool, int]] = []
-
-    def backend(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        before, shapes = gm.code, fake_mode(gm).shape_env
-        guards = len(shapes.guards) if shapes is not None else 0
-        fused = fuse_rotary(gm, CPU, least_elements=0)
-        gm.graph.lint()
-        gm.recompile()
-        seen.append((fused, gm.code == before, (len(shapes.guards) if shapes is not None else 0) - guards))
-        return gm.forward
-
-    torch._dynamo.reset()
-    with torch.set_grad_enabled(grad):
-        result = torch.compile(function, backend=backend, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
-    ((fused, is_unchanged, guards),) = seen
-    return Outcome(fused, is_unchanged, guards, result)
+run_fused = functools.partial(run_pass, fuse_rotary)
 
 
 def assert_same(result: Any, expected: Any) -> None:

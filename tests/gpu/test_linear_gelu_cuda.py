@@ -28,7 +28,7 @@ def test_as_exact_as_two_kernels(shape: tuple[int, int, int, int], dtype: torch.
     fused: list[int] = []
 
     def backend(gm: fx.GraphModule, example_inputs: list[Tensor]) -> object:
-        fused.append(fuse_gelu(gm, 0))
+        fused.append(fuse_gelu(gm, x.device, 0))
         gm.recompile()
         return compile_fx(gm, example_inputs)
 

@@ -70,6 +70,8 @@ LEFT: dict[str, Forward] = {
     "in_place": in_place,
     "without_bias": without_bias,
     "wide_bias": wide_bias,
+    "bias_per_token": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, x[0, :, :6].contiguous())),
+    "one_bias_for_all": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, layer.proj.bias.mean())),
     "transposed_input": lambda layer, x: tanh_gelu(layer.proj(x[..., :8, :].transpose(-1, -2))),
 }
 
@@ -83,7 +85,7 @@ def fuse_and_run(
 
     def backend(gm: fx.GraphModule, _: object) -> Callable[..., object]:
         before = gm.code
-        fused.append(fuse_gelu(gm, least_elements))
+        fused.append(fuse_gelu(gm, torch.device("cpu"), least_elements))
         gm.graph.lint()
         gm.recompile()
         assert (gm.code == before) == (fused[-1] == 0)
@@ -121,7 +123,28 @@ def test_float32_gradients_and_small_results_are_left() -> None:
     after = FUSED["keyword"]
     assert fuse_and_run(after, tokens(2, 9, 8, dtype=torch.float32))[0] == 0
     assert fuse_and_run(after, tokens(2, 9, 8), grad=True)[0] == 0
-    assert [fuse_and_run(after, tokens(2, 9, 8), least_elements=2 * 9 * 6 + more)[0] for more in (0, 1)] == [1, 0]
+    for dynamic in (None, True):  # of a symbol what it is at first decides
+        counts = [fuse_and_run(after, tokens(2, 9, 8), 2 * 9 * 6 + more, dynamic)[0] for more in (0, 1)]
+        assert counts == [1, 0]
+
+
+def test_another_device_is_left() -> None:
+    def backend(gm: fx.GraphModule, _: object) -> Callable[..., object]:
+        assert fuse_gelu(gm, torch.device("cuda", 0), 0) == 0
+        return gm.forward
+
+    torch._dynamo.reset()
+    with torch.no_grad():
+        torch.compile(Layer(FUSED["keyword"]).bfloat16(), backend=backend)(tokens(2, 9, 8))
+
+
+def test_gradients_switched_on_in_between_are_left() -> None:
+    def after(layer: Layer, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            y = layer.proj(x)
+        return tanh_gelu(y)
+
+    assert fuse_and_run(after, tokens(2, 9, 8), grad=True)[0] == 0
 
 
 def test_autocast_to_another_dtype_is_left() -> None:

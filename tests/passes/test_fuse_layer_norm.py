@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_passes import CPU, noise, tiny_flux, tiny_ltx, tiny_wan
 from graphs import capture
 from norm_models import (
     BATCH,
     BF16,
-    CPU,
     DIM,
     EPS,
     FP16,
@@ -26,13 +26,12 @@ from norm_models import (
     gated_modulated,
     modulated,
     narrow,
-    noise,
     norm_of,
     run_fused,
 )
 from torch import Tensor, nn
 
-from lite_compile.passes.fuse_layer_norm import LEAST_ELEMENTS, fuse_layer_norm
+from lite_compile.passes.fuse_layer_norm import fuse_layer_norm
 
 IN_FLOAT32 = [modulated, gated_affine, added_modulated, gated_modulated]
 """Spellings that round where the op does."""
@@ -102,7 +101,7 @@ def test_one_graph_serves_every_length() -> None:
     counts: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        counts.append(fuse_layer_norm(gm, CPU, least_elements=LEAST_ELEMENTS))  # which a symbol may reach
+        counts.append(fuse_layer_norm(gm, CPU, least_elements=0))
         gm.recompile()
         return gm.forward
 
@@ -245,39 +244,6 @@ def test_small_ones_stay(least: int) -> None:
 def test_a_token_that_does_not_fit_into_registers_stays() -> None:
     assert run_fused(gated_affine, *arguments(dim=(1 << 14) + 1)).is_unchanged
     assert_fused(gated_affine, *arguments(dim=1 << 14))
-
-
-def tiny_wan() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, ffn_dim=64, num_layers=2, text_dim=16, freq_dim=16
-    )
-    prompt = noise(1, 1, 8, 16)
-    return model, {"hidden_states": noise(0, 1, 16, 2, 8, 8), "encoder_hidden_states": prompt, "timestep": [5.0]}
-
-
-def tiny_ltx() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import LTXVideoTransformer3DModel
-
-    model = LTXVideoTransformer3DModel(
-        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=2, caption_channels=16,
-    )  # fmt: skip
-    given = {"hidden_states": noise(0, 1, 8, 16), "encoder_hidden_states": noise(1, 1, 4, 16), "timestep": [5.0]}
-    return model, {**given, "encoder_attention_mask": torch.ones(1, 4), "num_frames": 2, "height": 2, "width": 2}
-
-
-def tiny_flux() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        num_layers=2, num_single_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=16,
-        pooled_projection_dim=16, axes_dims_rope=(8, 12, 12), in_channels=16,
-    )  # fmt: skip
-    given = {"hidden_states": noise(0, 1, 16, 16), "encoder_hidden_states": noise(1, 1, 4, 16), "timestep": [0.5]}
-    ids = {"img_ids": noise(3, 16, 3), "txt_ids": torch.zeros(4, 3)}
-    return model, {**given, **ids, "pooled_projections": noise(2, 1, 16)}
 
 
 @pytest.mark.parametrize("dynamic", [None, True])

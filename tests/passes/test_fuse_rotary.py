@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -9,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_passes import CPU, noise, tiny_flux, tiny_ltx, tiny_wan
 from graphs import OPTIONS, capture
 from rotary_models import (
     BATCH,
-    CPU,
     DIM,
     EPS,
     HEADS,
@@ -24,7 +25,6 @@ from rotary_models import (
     arguments,
     as_one_head,
     assert_same,
-    noise,
     over_heads,
     over_tokens,
     run_fused,
@@ -34,7 +34,7 @@ from rotary_models import (
 from torch import Tensor, nn
 
 from lite_compile import backend
-from lite_compile.passes.fuse_rotary import LEAST_ELEMENTS, fuse_rotary
+from lite_compile.passes.fuse_rotary import fuse_rotary
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SPELLINGS = [written, added]
@@ -76,7 +76,7 @@ def test_one_graph_serves_every_length() -> None:
     lengths: list[int] = []
 
     def backend(gm: torch.fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
-        lengths.append(fuse_rotary(gm, CPU, least_elements=LEAST_ELEMENTS))  # which a symbol may reach
+        lengths.append(fuse_rotary(gm, CPU, least_elements=0))
         gm.recompile()
         return gm.forward
 
@@ -224,41 +224,8 @@ def test_a_token_that_does_not_fit_into_registers_stays() -> None:
     assert_fused(as_one_head(added), *(x[..., :-2].contiguous() for x in args))
 
 
-def tiny_wan() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_attention_heads=2, attention_head_dim=32, ffn_dim=64, num_layers=2, text_dim=16, freq_dim=16
-    )
-    prompt = noise(1, 1, 8, 16)
-    return model, {"hidden_states": noise(0, 1, 16, 2, 8, 8), "encoder_hidden_states": prompt, "timestep": [5.0]}
-
-
-def tiny_ltx() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import LTXVideoTransformer3DModel
-
-    model = LTXVideoTransformer3DModel(
-        in_channels=16, out_channels=16, num_attention_heads=2, attention_head_dim=16, cross_attention_dim=32,
-        num_layers=2, caption_channels=16,
-    )  # fmt: skip
-    given = {"hidden_states": noise(0, 1, 8, 16), "encoder_hidden_states": noise(1, 1, 4, 16), "timestep": [5.0]}
-    return model, {**given, "encoder_attention_mask": torch.ones(1, 4), "num_frames": 2, "height": 2, "width": 2}
-
-
-def tiny_flux() -> tuple[nn.Module, dict[str, Any]]:
-    from diffusers import FluxTransformer2DModel
-
-    model = FluxTransformer2DModel(
-        num_layers=0, num_single_layers=2, attention_head_dim=32, num_attention_heads=2, joint_attention_dim=16,
-        pooled_projection_dim=16, axes_dims_rope=(8, 12, 12), in_channels=16,
-    )  # fmt: skip
-    given = {"hidden_states": noise(0, 1, 16, 16), "encoder_hidden_states": noise(1, 1, 4, 16), "timestep": [0.5]}
-    ids = {"img_ids": noise(3, 16, 3), "txt_ids": torch.zeros(4, 3)}
-    return model, {**given, **ids, "pooled_projections": noise(2, 1, 16)}
-
-
 @pytest.mark.parametrize("dynamic", [None, True])
-@pytest.mark.parametrize("make", [tiny_wan, tiny_ltx, tiny_flux])
+@pytest.mark.parametrize("make", [tiny_wan, tiny_ltx, functools.partial(tiny_flux, num_layers=0)])
 def test_models_of_diffusers(make: Callable[[], tuple[nn.Module, dict[str, Any]]], dynamic: bool | None) -> None:
     """Two in each of two blocks, with parameters as `from_pretrained` leaves them, and the numbers to the bit."""
     pytest.importorskip("diffusers")

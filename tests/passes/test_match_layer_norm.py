@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_passes import noise
 from norm_models import (
     BATCH,
     BF16,
@@ -21,7 +22,6 @@ from norm_models import (
     gated_affine,
     gated_modulated,
     modulated,
-    noise,
     norm_of,
     run_fused,
 )

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from fused_passes import noise
 from rotary_models import (
     BATCH,
     DIM,
@@ -19,7 +20,6 @@ from rotary_models import (
     arguments,
     as_one_head,
     assert_same,
-    noise,
     over_tokens,
     run_fused,
     tables,
