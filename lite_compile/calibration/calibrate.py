@@ -40,6 +40,9 @@ REPAIRS = 2
 """How often thresholds are made more careful where a replay breaks the budget."""
 HASTE = 2.0
 """Log2 units that a threshold is lowered by per log2 unit of excess: few repairs have to do, and tiles are few."""
+PER_DOUBLING = 0.75
+"""Log2 units of threshold that a budget of twice the size is worth: the mean over layers and steps of the moving digits,
+between errors of 0.0125 and 0.05 (benchmarks/LOG.md)."""
 SEARCHED = 2
 """Prompts that are searched where whole generations decide in the end."""
 
@@ -71,7 +74,7 @@ def calibrate(
         run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
         target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
             may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None: the
-            root mean square error that the PSNR stands for, 0.0125 to 0.2, or 0.05.
+            half the root mean square error that the PSNR stands for, 0.00625 to 0.1, or 0.05.
         metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
         out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
             from.
@@ -235,14 +238,11 @@ class _Phases:
     def _meet(
         self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
     ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and how close they come; `dense`: of the first prompt.
-
-        What is dropped under a threshold is in proportion to 2**threshold, so that is what the budget's scale shifts.
-        """
+        """Thresholds scaled until generations meet the target, and how close they come; `dense`: of the first prompt."""
 
         def scaled(x: float) -> Points:
             return {
-                layer: {f: t if t < FLOOR else min(0.0, max(FLOOR, t + x)) for f, t in steps.items()}
+                layer: {f: t if t < FLOOR else min(0.0, max(FLOOR, t + PER_DOUBLING * x)) for f, t in steps.items()}
                 for layer, steps in points.items()
             }
 

@@ -158,7 +158,7 @@ def test_room_for_larger_errors() -> None:
 
 def test_where_the_search_begins() -> None:
     psnr_targets = [QualityTarget("psnr", value, None).first_error(0.05) for value in (10.0, 30.0, 90.0)]
-    assert psnr_targets == pytest.approx([0.2, 10**-1.5, 0.0125])
+    assert psnr_targets == pytest.approx([0.1, 10**-1.5 / 2, 0.00625])
     assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
 
 
