@@ -180,7 +180,7 @@ def calibration(name: str = CALIBRATION) -> str:
     constants = run.get("constants", {})
     named = {"-inf": run["nothing_skipped"]} | {f"constant {value}": row for value, row in constants.items()}
     named |= {f"l1 {target}": run["calibrated"][target] for target in sorted(run["calibrated"], key=float)}
-    named |= {f"PSNR {target}": row for target, row in run.get("psnr_targets", {}).items()}
+    named |= {f"PSNR {target}, {row['prompts']} prompts": row for target, row in run.get("psnr_targets", {}).items()}
     rows = []
     for label, row in named.items():
         shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]

@@ -41,8 +41,8 @@ REPAIRS = 2
 HASTE = 2.0
 """Log2 units that a threshold is lowered by per log2 unit of excess: few repairs have to do, and tiles are few."""
 PER_DOUBLING = 0.75
-"""Log2 units of threshold that a budget of twice the size is worth: the mean over layers and steps of the moving digits,
-between errors of 0.0125 and 0.05 (benchmarks/LOG.md)."""
+"""Log2 units of threshold that a budget of twice the size is worth: the mean over layers and steps of the moving
+digits, between errors of 0.0125 and 0.05 (benchmarks/LOG.md)."""
 SEARCHED = 2
 """Prompts that are searched where whole generations decide in the end."""
 
@@ -238,7 +238,7 @@ class _Phases:
     def _meet(
         self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
     ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and how close they come; `dense`: of the first prompt."""
+        """Thresholds scaled until generations meet the target, and their quality; `dense`: of the first prompt."""
 
         def scaled(x: float) -> Points:
             return {
