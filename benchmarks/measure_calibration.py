@@ -168,9 +168,7 @@ def main() -> None:
 
     device = torch.cuda.get_device_name() if args.device.startswith("cuda") else "cpu"
     print(f"{device}, torch {torch.__version__}, {setting.name}: {setting.tokens} tokens, {args.steps} steps, {dtype}")
-    print(
-        f"calibrated on {args.prompts} prompts, for PSNR targets on {args.psnr_prompts}; measured on {args.seeds} others"
-    )
+    print(f"calibrated on {args.prompts} prompts, for PSNR on {args.psnr_prompts}; measured on {args.seeds} others; l1")
     print(f"{'':>16} {'budget':>7} {'target':>7} {'density':>8} {'seconds':>8} {'PSNR':>6}")
     given = draw_prompts(args.prompts, 1)
     record: dict[str, Any] = {

@@ -113,7 +113,7 @@ def break_even() -> str:
     shares = list(dict.fromkeys(row["share"] for row in run["rows"]))
     found = {(row["shape"][2], row["kernel"], row["shape"][3], row["share"]): row["speed_up"] for row in run["rows"]}
     rows = [
-        [f"{tokens:,}", *(" / ".join(f"{found[tokens, *column, share]:.2f}" for share in shares) for column in columns)]
+        [f"{tokens:,}", *(" / ".join(f"{found[(tokens, *column, x)]:.2f}" for x in shares) for column in columns)]
         for tokens in dict.fromkeys(row["shape"][2] for row in run["rows"])
     ]
     header = ["tokens", *(f"{kernel}, D={dim}" for kernel, dim in columns)]
