@@ -106,6 +106,21 @@ def attention_short() -> str:
     return table(header, rows) + about
 
 
+def break_even() -> str:
+    """Short sequences: cuDNN's time over ours, by kernel and head dim, at each skipped share."""
+    run = load("bench-short-h100.json")
+    columns = list(dict.fromkeys((row["kernel"], row["shape"][3]) for row in run["rows"]))
+    shares = list(dict.fromkeys(row["share"] for row in run["rows"]))
+    found = {(row["shape"][2], row["kernel"], row["shape"][3], row["share"]): row["speed_up"] for row in run["rows"]}
+    rows = [
+        [f"{tokens:,}", *(" / ".join(f"{found[(tokens, *column, x)]:.2f}" for x in shares) for column in columns)]
+        for tokens in dict.fromkeys(row["shape"][2] for row in run["rows"])
+    ]
+    header = ["tokens", *(f"{kernel}, D={dim}" for kernel, dim in columns)]
+    about = f"{run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']}"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/bench-short-h100.json`).\n"
+
+
 def forward(names: Sequence[str] = FORWARD) -> str:
     """Speed-up of one forward of a transformer."""
     measured, about = load_newest(names, "model")
@@ -180,7 +195,8 @@ def calibration(name: str = CALIBRATION) -> str:
     constants = run.get("constants", {})
     named = {"-inf": run["nothing_skipped"]} | {f"constant {value}": row for value, row in constants.items()}
     named |= {f"l1 {target}": run["calibrated"][target] for target in sorted(run["calibrated"], key=float)}
-    named |= {f"PSNR {target}": row for target, row in run.get("psnr_targets", {}).items()}
+    for target, row in run.get("psnr_targets", {}).items():
+        named[f"PSNR {target}, {row.get('prompts', len(run['calibration_prompts']))} prompts"] = row
     rows = []
     for label, row in named.items():
         shares = [f"{row[key]:.1%}" if key in row else "" for key in ("within_budget", "within_target")]
@@ -223,6 +239,7 @@ def criteria() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-short": attention_short,
+    "break-even": break_even,
     "forward": forward,
     "forward-before": lambda: forward(FORWARD_BEFORE),
     "gpu-tests": suites,

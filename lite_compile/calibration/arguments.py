@@ -14,14 +14,15 @@ from .target import QualityTarget
 
 
 def check_arguments(
-    model: nn.Module, run: Callable[..., Any], target_error: float, metric: str, prompts: Sequence[Any] | None,
+    model: nn.Module, run: Callable[..., Any], target_error: float | None, metric: str, prompts: Sequence[Any] | None,
     target_psnr: float | None, target_ssim: float | None, held_out: Sequence[Any] | None,
     value_range: tuple[float, float] | None,
 ) -> tuple[nn.Module, QualityTarget | None]:  # fmt: skip
     """The model itself and the target on its results; raises for arguments that are out of range."""
     original = model_itself(model)
     check_run(run, metric, prompts)
-    _check_number("target_error", target_error, 1.0)
+    if target_error is not None:
+        _check_number("target_error", target_error, 1.0)
     _check_list("held_out", held_out)
     targets = [("psnr", target_psnr, 200.0), ("ssim", target_ssim, 1.0)]
     asked = [(name, value, most) for name, value, most in targets if value is not None]

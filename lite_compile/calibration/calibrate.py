@@ -28,14 +28,21 @@ from .journal import Journal
 from .points import Points, interpolate, strictest
 from .replay import Replay
 from .result import Calibration, Quality
+from .scale_search import ScaleSearch
 from .search import FLOOR, ThresholdSearch
 from .survey import Survey
-from .target import QualityTarget, ScaleSearch
+from .target import QualityRuns, QualityTarget, calibration_prompt
 
+TARGET_ERROR = 0.05
 MARGIN = 0.8
 """Share of the budget that the search aims at: other prompts and seeds err a little more."""
 REPAIRS = 2
 """How often thresholds are made more careful where a replay breaks the budget."""
+HASTE = 2.0
+"""Log2 units that a threshold is lowered by per log2 unit of excess: few repairs have to do, and tiles are few."""
+PER_DOUBLING = 0.75
+"""Log2 units of threshold that a budget of twice the size is worth: the mean over layers and steps of the moving
+digits, between errors of 0.0125 and 0.05 (benchmarks/LOG.md)."""
 SEARCHED = 2
 """Prompts that are searched where whole generations decide in the end."""
 
@@ -43,7 +50,7 @@ SEARCHED = 2
 def calibrate(
     model: nn.Module,
     run: Callable[..., Any],
-    target_error: float = 0.05,
+    target_error: float | None = None,
     metric: str = "l1",
     out: str | os.PathLike[str] | None = None,
     *,
@@ -66,7 +73,8 @@ def calibrate(
         model: the denoiser itself, for example `pipe.transformer`, compiled with `backend="liteattention"`.
         run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
         target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
-            may use `share` of it. With `target_psnr` or `target_ssim`: where the search begins.
+            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None: the
+            half the root mean square error that the PSNR stands for, 0.00625 to 0.1, or 0.05.
         metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
         out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
             from.
@@ -87,6 +95,8 @@ def calibrate(
     original, quality = check_arguments(
         model, run, target_error, metric, prompts, target_psnr, target_ssim, held_out, value_range
     )
+    if target_error is None:
+        target_error = TARGET_ERROR if quality is None else quality.first_error(TARGET_ERROR)
     given: list[Any] = [None] if prompts is None else list(prompts)
     budget = Budget(float(target_error), metric, share)
     budget.at(0.0), budget.at(1.0)
@@ -120,14 +130,12 @@ class _Phases:
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
-        self._survey()
+        dense = self._survey()
         reached = None
         if quality is None:
-            points, slopes = self._search(self._prompts)
-            points, errors, densities = self._repair(points, slopes)
+            points, errors, densities = self._repair(self._search(self._prompts))
         else:
-            points, slopes = self._search(self._prompts[:SEARCHED])
-            points, reached = self._meet(quality, points, slopes, held_out)
+            points, reached = self._meet(quality, self._search(self._prompts[:SEARCHED]), held_out, dense)
             errors, densities = self._replay(points, "final")
         thresholds = self._thresholds(points)
         fractions = sorted({f for steps in (*points.values(), *errors.values()) for f in steps} | {0.0, 1.0})
@@ -139,23 +147,23 @@ class _Phases:
             save_calibration(calibration, path, fractions, len(self._prompts))
         return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))
 
-    def _survey(self) -> None:
-        """See in a dense generation where the run has its steps."""
-        survey = Survey()
+    def _survey(self) -> list[Any]:
+        """See in a dense generation of the first prompt where the run has its steps; what it gave, if done now."""
+        survey, dense = Survey(), list[Any]()
 
         def look() -> dict[str, Any]:
-            self._generations.observe(self._prompts[0], survey)
+            dense.append(self._generations.observe(self._prompts[0], survey))
             return {"steps": survey.steps, "calls": survey.calls}
 
         result = self._journal.once("survey", look)
         self._budget = replace(self._budget, steps=tuple(result["steps"]))
         self._calls = result["calls"]
         self._attentions += self._calls
+        return dense
 
-    def _search(self, prompts: Sequence[Any]) -> tuple[Points, dict[str, float]]:
-        """Thresholds that keep the budget in each prompt's generation, and the layers' slopes."""
+    def _search(self, prompts: Sequence[Any]) -> Points:
+        """Thresholds that keep the budget in each prompt's generation."""
         found: list[Points] = []
-        slopes: dict[str, list[float]] = {}
         unused: dict[str, str] = {}
         for number, prompt in enumerate(progress(prompts, "searching thresholds")):
             result = self._journal.once(f"search {number}", partial(self._search_one, prompt, tuple(found)))
@@ -163,8 +171,6 @@ class _Phases:
             self._attentions += result["attentions"]
             self._criterion = next(iter(result["layers"].values()), "max")
             unused.update(result["layers"])
-            for layer, slope in result["slopes"].items():
-                slopes.setdefault(layer, []).append(slope)
         points = strictest(found)
         if not points:
             raise RuntimeError(
@@ -173,7 +179,7 @@ class _Phases:
             )
         # What the options keep dense has no thresholds, but is among the layers of the model.
         points |= {layer: {0.0: -math.inf} for layer in unused if layer not in points}
-        return points, {layer: min(values) for layer, values in slopes.items()}
+        return points
 
     def _search_one(self, prompt: Any, before: Sequence[Points]) -> dict[str, Any]:
         limits = strictest(before)
@@ -184,12 +190,9 @@ class _Phases:
         )
         search = ThresholdSearch(self._budget, MARGIN, cap)
         self._generations.observe(prompt, search)
-        return {
-            "points": _to_json(search.found), "layers": search.layers, "slopes": search.slopes(), 
-            "attentions": search.kernel_calls,
-        }  # fmt: skip
+        return {"points": _to_json(search.found), "layers": search.layers, "attentions": search.kernel_calls}
 
-    def _repair(self, points: Points, slopes: dict[str, float]) -> tuple[Points, Points, Points]:
+    def _repair(self, points: Points) -> tuple[Points, Points, Points]:
         """Replay the thresholds; where a layer breaks its budget, make what leads there more careful and try again."""
         for attempt in range(REPAIRS + 1):
             errors, densities = self._replay(points, f"replay {attempt}")
@@ -198,7 +201,7 @@ class _Phases:
                 break
             for layer, (ratio, last) in broken.items():
                 if ratio > 1:
-                    less = min(8.0, math.log2(min(ratio / MARGIN, 2.0**16)) / slopes.get(layer, 1.0) + 0.25)
+                    less = min(8.0, HASTE * math.log2(min(ratio / MARGIN, 2.0**16)) + 0.25)
                     points[layer] = {f: max(FLOOR, t - less) if f < last else t for f, t in points[layer].items()}
         return points, errors, densities
 
@@ -233,27 +236,31 @@ class _Phases:
         return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
 
     def _meet(
-        self, target: QualityTarget, points: Points, slopes: dict[str, float], held_out: list[Any]
+        self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
     ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and how close they come."""
+        """Thresholds scaled until generations meet the target, and their quality; `dense`: of the first prompt."""
 
         def scaled(x: float) -> Points:
             return {
-                layer: {
-                    f: t if t < FLOOR else min(0.0, max(FLOOR, t + x / slopes.get(layer, 1.0)))
-                    for f, t in steps.items()
-                }
+                layer: {f: t if t < FLOOR else min(0.0, max(FLOOR, t + PER_DOUBLING * x)) for f, t in steps.items()}
                 for layer, steps in points.items()
             }
 
-        search = ScaleSearch(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
-        x, values = search.find(self._prompts)
+        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
+        for result in dense:
+            runs.note_dense(calibration_prompt(0), result)
+        runs.check_repeatable(self._prompts[0])
+        search = ScaleSearch(
+            target, len(self._prompts), partial(runs.evaluate, self._prompts), lambda a, b: scaled(a) == scaled(b)
+        )
+        best = search.find()
         others = []
         for number, prompt in enumerate(progress(held_out, "held-out prompts")):
             name = f"held-out prompt {number}"
-            others.append(self._journal.once(name, partial(search.measure, prompt, name, x)))
-        self._attentions += self._calls * search.runs
-        return scaled(x), Quality(target.name, target.value, 2.0**x, tuple(values), tuple(others))
+            others.append(self._journal.once(name, partial(runs.measure, prompt, name, best.scale)))
+        self._attentions += self._calls * (len(self._prompts) - 1 + runs.runs)
+        values = tuple(best.values[number] for number in range(len(self._prompts)))
+        return scaled(best.scale), Quality(target.name, target.value, 2.0**best.scale, values, tuple(others))
 
     def _thresholds(self, points: Points) -> CalibratedThresholds:
         layers = tuple((layer, _schedule(steps)) for layer, steps in points.items())

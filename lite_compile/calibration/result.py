@@ -22,7 +22,7 @@ class Quality:
     """"psnr" (dB) or "ssim"."""
     target: float
     scale: float
-    """What the thresholds of the error budget were scaled by: log2 of it, over the layer's slope, was added."""
+    """What the error budget was scaled by: 0.75 times log2 of it was added to the thresholds."""
     calibration: tuple[float, ...]
     """Per calibration prompt."""
     held_out: tuple[float, ...]

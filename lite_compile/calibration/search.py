@@ -9,9 +9,7 @@ the sparse trajectory.
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -30,8 +28,6 @@ AROUND: tuple[float, ...] = (-3.0, -1.0, 0.0, 1.5)
 """Later candidates, from the layer's last threshold."""
 BELOW: tuple[float, ...] = (-3.0, -1.0, 0.0)
 """Candidates from what earlier prompts allow."""
-SLOPE = 0.5
-"""log2 of the error per log2 unit of threshold where nothing was measured."""
 
 Cap = Callable[[str, float], float]
 
@@ -73,7 +69,6 @@ class ThresholdSearch:
         """Thresholds by layer and fraction, log2 units."""
         self.layers: dict[str, str] = {}
         """The criterion of all layers that ran, those included that never used a state."""
-        self._slopes: dict[str, list[float]] = {}
         self._streams: dict[tuple[int, int], _Stream] = {}
         self._candidates: dict[tuple[str, float], list[float]] = {}
         self._centre: dict[str, float] = {}
@@ -113,11 +108,6 @@ class ThresholdSearch:
             options.append(_Option(threshold, chosen.rows.clone()))
             self._attend(call, options[-1], scratch)
         self._streams[key] = _Stream(call.epoch, call.fraction, options, chosen, rejected, stream.fraction)
-
-    def slopes(self) -> dict[str, float]:
-        """By layer: how much log2 of the error grows per log2 unit of threshold, 0.1 to 2."""
-        known = {layer: statistics.median(values) for layer, values in self._slopes.items()}
-        return {layer: min(2.0, max(0.1, known.get(layer, SLOPE))) for layer in self.found}
 
     def _attend(self, call: AttendCall, option: _Option, out: Tensor) -> None:
         """Attention under the mask in the rows, which are marked under the option's threshold."""
@@ -168,7 +158,6 @@ class ThresholdSearch:
         call.out.copy_(out)
         if call.lse is not None and lse is not None:
             call.lse.copy_(lse)
-        self._note_slopes(layer, [(options[i].threshold, error) for i, error in sorted(errors.items())])
         if errors[low] <= budget:
             self._centre[layer] = options[low].threshold
         else:
@@ -185,11 +174,6 @@ class ThresholdSearch:
         if layer not in self._centre:
             return (last + 1) // 2
         return max(1, sum(threshold <= self._centre[layer] for threshold in thresholds) - 1)
-
-    def _note_slopes(self, layer: str, measured: Sequence[tuple[float, float]]) -> None:
-        for (a, low), (b, high) in itertools.pairwise(measured):
-            if 0 < low < high < math.inf and a > FLOOR:
-                self._slopes.setdefault(layer, []).append(math.log2(high / low) / (b - a))
 
     def _ladder(self, layer: str, fraction: float) -> list[float]:
         """Candidates above `FLOOR` for marks made at that fraction, rising; the same ones for all streams of a step."""

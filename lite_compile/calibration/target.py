@@ -1,4 +1,4 @@
-"""Scale an error budget until whole generations are as close to dense ones as was asked for."""
+"""Targets for whole generations, and how far these are from dense ones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..progress import progress
 from .generations import Generations
 from .journal import Journal
 from .quality import psnr, read_output, ssim, value_range
 from .replay import Replay
 
-EVALUATIONS = 5
-"""Scales that are tried."""
-FIRST_MOVE = 2.0
-"""log2 units of scale."""
+DECIBELS = 20 * math.log10(2)
+"""By which PSNR falls where errors double."""
 EXCEEDED_BY_95_PERCENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
 """Quantiles of Student's t for 1, 2, ... degrees of freedom; more are counted as the last."""
 
@@ -41,14 +38,27 @@ class QualityTarget:
             raise ValueError(f"run() returned {tuple(found.shape)} now and {tuple(expected.shape)} before")
         return (psnr if self.name == "psnr" else ssim)(found, expected, width)
 
-    def met(self, values: Sequence[float]) -> bool:
-        """Whether these generations meet it, and so would 95 % of others if their quality is spread normally."""
-        if not all(value >= self.value for value in values):
-            return False
+    def bound(self, values: Sequence[float]) -> float:
+        """What these generations, and 95 % of others if their quality is spread normally, are not below."""
         finite = [value for value in values if math.isfinite(value)]
-        if len(finite) < 2:
-            return True
-        return lower_bound_of_another(finite) >= self.value
+        return min(*values, lower_bound_of_another(finite)) if len(finite) > 1 else min(values)
+
+    def room(self, bound: float) -> float:
+        """By how many times (log2) errors may grow until a bound comes down to the target."""
+        if self.name == "psnr":
+            return (bound - self.value) / DECIBELS
+        if bound >= 1 or self.value >= 1:
+            return math.inf if bound >= 1 else -math.inf
+        return (math.log2(1 - self.value) - math.log2(1 - bound)) / 2  # quadratic in the error
+
+    def first_error(self, usual: float) -> float:
+        """The budget to begin with: half the root mean square error that a PSNR stands for, not too far from `usual`.
+
+        Half, because 95 % of all prompts are to reach what the mean exceeds by some decibels.
+        """
+        if self.name != "psnr":
+            return usual
+        return max(usual / 8, min(2 * usual, 10 ** (-self.value / 20) / 2))
 
 
 def lower_bound_of_another(values: Sequence[float]) -> float:
@@ -57,60 +67,33 @@ def lower_bound_of_another(values: Sequence[float]) -> float:
     return statistics.mean(values) - quantile * math.sqrt(1 + 1 / len(values)) * statistics.stdev(values)
 
 
-class ScaleSearch:
-    """Finds the largest scale of the budget under which the generations of all prompts meet the target."""
+def calibration_prompt(number: int) -> str:
+    """What tells a prompt from others in the journal."""
+    return f"calibration prompt {number}"
+
+
+class QualityRuns:
+    """Generations under thresholds against dense ones of the same prompts."""
 
     def __init__(
         self, target: QualityTarget, generations: Generations, thresholds: Callable[[float], Any], journal: Journal
     ) -> None:
-        """`thresholds(log2 of the scale)` are those to try."""
+        """`thresholds(log2 of the scale)` are those to measure."""
         self._target, self._generations = target, generations
         self._thresholds, self._journal = thresholds, journal
         self._dense: dict[str, tuple[Tensor, float]] = {}
         self.runs = 0
-        """Generations of calibration prompts, those of an earlier attempt included."""
+        """Generations of calibration prompts but the first dense one of each; those of an earlier attempt included."""
 
-    def find(self, prompts: Sequence[Any]) -> tuple[float, list[float]]:
-        """log2 of the scale, and the quality of each prompt's generation under it.
-
-        Raises:
-            ValueError: two dense generations differ, or no scale that was tried meets the target.
-        """
-        self._check_repeatable(prompts[0])
-        self.runs = 1 + len(prompts)
-        passed: tuple[float, list[float]] | None = None
-        failed: float | None = None
-        x, move = 0.0, FIRST_MOVE
-        for trial in progress(range(EVALUATIONS), f"scales for {self._target.name}"):
-            if passed is not None and self._thresholds(x) == self._thresholds(passed[0]):
-                break  # nothing bolder is left
-            values = self._evaluate(prompts, x, trial)
-            if len(values) == len(prompts) and self._target.met(values):
-                passed = (x, values)
-            else:
-                failed = x
-            if passed is None:
-                x, move = x - move, move * 2
-            elif failed is None:
-                x += move
-            else:
-                x = (passed[0] + failed) / 2
-        if passed is None:
-            raise ValueError(
-                f"target_{self._target.name} is {self._target.value:g}: no thresholds that were tried meet it on the "
-                f"calibration prompts (the most careful ones gave {min(values):.4g}). Allowed: what rounding leaves "
-                "room for; ask for less, or calibrate with more prompts, whose spread counts as well"
-            )
-        return passed
-
-    def _evaluate(self, prompts: Sequence[Any], x: float, trial: int) -> list[float]:
-        """Quality per prompt, up to the first that fails."""
-        values: list[float] = []
-        for number, prompt in enumerate(prompts):
-            name = f"calibration prompt {number}"
-            values.append(self._journal.once(f"scale {trial}, {name}", partial(self.measure, prompt, name, x)))
+    def evaluate(self, prompts: Sequence[Any], x: float, order: Sequence[int], whole: bool) -> dict[int, float]:
+        """Quality by number of the prompt, in that order, unless `whole` up to the first that misses the target."""
+        values: dict[int, float] = {}
+        for number in order:
+            name = calibration_prompt(number)
+            measure = partial(self.measure, prompts[number], name, x)
+            values[number] = self._journal.once(f"scale 2**{x!r}, {name}", measure)
             self.runs += 1
-            if values[-1] < self._target.value:
+            if values[number] < self._target.value and not whole:
                 break
         return values
 
@@ -120,22 +103,27 @@ class ScaleSearch:
         replay = Replay(self._thresholds(x))
         return self._target.measure(self._generations.observe(prompt, replay), dense)
 
+    def note_dense(self, name: str, result: Any) -> None:
+        """A dense generation of the prompt gave this."""
+        output = read_output(result)
+        self._dense[name] = (output, value_range(result, output, self._target.given_range))
+
     def dense(self, prompt: Any, name: str) -> tuple[Tensor, float]:
         """A dense generation of the prompt, and the width of its range of values."""
         if name not in self._dense:
-            result = self._generations.observe(prompt, Replay(None))
-            output = read_output(result)
-            self._dense[name] = (output, value_range(result, output, self._target.given_range))
+            self.note_dense(name, self._generations.observe(prompt, Replay(None)))
         return self._dense[name]
 
-    def _check_repeatable(self, prompt: Any) -> None:
-        name = "calibration prompt 0"
+    def check_repeatable(self, prompt: Any) -> None:
+        """Raise `ValueError` if two dense generations of the first prompt differ."""
+        name = calibration_prompt(0)
 
         def agreement() -> float:
             dense = self.dense(prompt, name)
             return self._target.measure(self._generations.observe(prompt, Replay(None)), dense)
 
         value = self._journal.once("agreement", agreement)
+        self.runs += 1
         enough = max(60.0, self._target.value + 20) if self._target.name == "psnr" else (3 + self._target.value) / 4
         if value < enough:
             raise ValueError(

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from ..calibration.attention_error import METRICS
-from ..calibration.calibrate import calibrate
+from ..calibration.calibrate import TARGET_ERROR, calibrate
 from ..errors import CommandError
 from .explain import load_factory
 
@@ -27,9 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "or the environment, or is the path of a .py file",
     )  # fmt: skip
     target = parser.add_mutually_exclusive_group()
-    target.add_argument(
-        "--target-error", type=float, default=0.05, help="of a layer's attention output (default: %(default)s)"
-    )
+    target.add_argument("--target-error", type=float, help=f"of a layer's attention output (default: {TARGET_ERROR})")
     target.add_argument("--target-psnr", type=float, help="instead: dB of what run returns against a dense generation")
     target.add_argument("--target-ssim", type=float, help="instead: SSIM of what run returns")
     parser.add_argument("--metric", choices=sorted(METRICS), default="l1", help="of errors (default: %(default)s)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import sys
 from pathlib import Path
@@ -66,15 +67,45 @@ def test_a_target_that_cannot_be_met_and_a_run_without_a_seed() -> None:
     count = iter(range(1000))
     with pytest.raises(ValueError, match=r"two dense generations of run.* fix its seed"):
         lite_compile.calibrate(model, lambda: denoise(call, noise(next(count)), [prompt(0)], 3), target_psnr=30)
-    # Each generation is its dense one plus noise of its own that the target does not allow.
+    # After the survey, the search and a second dense one, each generation has noise that the target does not allow.
     runs = iter(range(1000))
 
     def noisy() -> Tensor:
         result = denoise(call, noise(0), [prompt(0)], 3)
-        return result if next(runs) < 4 else result + 0.5 * torch.randn_like(result)
+        return result if next(runs) < 3 else result + 0.5 * torch.randn_like(result)
 
     with pytest.raises(ValueError, match="target_psnr is 60: no thresholds that were tried meet it"):
         lite_compile.calibrate(model, noisy, target_psnr=60)
+
+
+def test_scales_that_were_tried_before_a_crash_are_not_tried_again(tmp_path: Path) -> None:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+    calls: list[int] = []
+
+    def run(number: int) -> Tensor:
+        calls.append(number)
+        if len(calls) == crash:
+            raise OSError("power cut")
+        return denoise(call, noise(number), [prompt(number)], STEPS)
+
+    def calibrate(out: Path | None) -> lite_compile.Calibration:
+        return lite_compile.calibrate(model, run, 0.1, out=out, prompts=[0, 1, 2], target_psnr=80)
+
+    crash = 0
+    expected = calibrate(None)
+    assert expected.quality is not None
+    total = len(calls)
+    # Survey, two searches, dense 0 again, three generations under the first scale with dense 1 and 2 among them: nine.
+    calls, crash = [], 10
+    with pytest.raises(OSError, match="power cut"):
+        calibrate(tmp_path / "wan.toml")
+    done = json.loads((tmp_path / "wan.toml.partial").read_text())["done"]
+    assert sum(name.startswith("scale") for name in done) == 3
+    calls, crash = [], 0
+    found = calibrate(tmp_path / "wan.toml")
+    assert (found.thresholds, found.quality, found.cost) == (expected.thresholds, expected.quality, expected.cost)
+    assert len(calls) <= total - 9 + 3, "the nine were not done again, but for the dense generations"
 
 
 def test_what_run_may_return() -> None:
@@ -115,7 +146,20 @@ def test_measures_against_those_of_the_examples() -> None:
 )
 def test_the_spread_of_few_generations_counts(values: list[float], met: bool) -> None:
     target: Any = QualityTarget("psnr", 30.0, None)
-    assert target.met(values) is met
+    assert (target.room(target.bound(values)) >= 0) is met
+
+
+def test_room_for_larger_errors() -> None:
+    assert QualityTarget("psnr", 30.0, None).room(30 + 20 * math.log10(8)) == pytest.approx(3)
+    assert QualityTarget("ssim", 0.9, None).room(0.975) == pytest.approx(1)
+    exact = QualityTarget("ssim", 1.0, None)
+    assert (exact.room(1.0), exact.room(0.99)) == (math.inf, -math.inf)
+
+
+def test_where_the_search_begins() -> None:
+    psnr_targets = [QualityTarget("psnr", value, None).first_error(0.05) for value in (10.0, 30.0, 90.0)]
+    assert psnr_targets == pytest.approx([0.1, 10**-1.5 / 2, 0.00625])
+    assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
 
 
 @pytest.mark.parametrize("count", [2, 3, 6, 14])
