@@ -18,8 +18,9 @@ from .replay import Replay
 
 DECIBELS = 20 * math.log10(2)
 """By which PSNR falls where errors double."""
-EXCEEDED_BY_95_PERCENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""Quantiles of Student's t for 1, 2, ... degrees of freedom; more are counted as the last."""
+BELOW_THE_MEAN = (7.74, 3.38, 2.69, 2.47, 2.34, 2.26, 2.20, 2.15, 2.11, 2.08, 2.06)
+"""Standard deviations, for 2, 3, ... values (more are counted as the last): the larger of the one-sided limits of a normal
+distribution for one more value (95 %; Student's t) and for 95 % of it (tolerance limit, with a confidence of 75 %)."""
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,9 @@ class QualityTarget:
         return (psnr if self.name == "psnr" else ssim)(found, expected, width)
 
     def bound(self, values: Sequence[float]) -> float:
-        """What these generations, and 95 % of others if their quality is spread normally, are not below."""
+        """What these generations are not below, nor others (`lower_bound_of_others`)."""
         finite = [value for value in values if math.isfinite(value)]
-        return min(*values, lower_bound_of_another(finite)) if len(finite) > 1 else min(values)
+        return min(*values, lower_bound_of_others(finite)) if len(finite) > 1 else min(values)
 
     def room(self, bound: float) -> float:
         """By how many times (log2) errors may grow until a bound comes down to the target."""
@@ -61,10 +62,13 @@ class QualityTarget:
         return max(usual / 8, min(2 * usual, 10 ** (-self.value / 20) / 2))
 
 
-def lower_bound_of_another(values: Sequence[float]) -> float:
-    """What one more value exceeds in 95 % of the cases, given two or more of a normal distribution."""
-    quantile = EXCEEDED_BY_95_PERCENT[min(len(values) - 1, len(EXCEEDED_BY_95_PERCENT)) - 1]
-    return statistics.mean(values) - quantile * math.sqrt(1 + 1 / len(values)) * statistics.stdev(values)
+def lower_bound_of_others(values: Sequence[float]) -> float:
+    """What one more value exceeds in 95 % of the cases, given two or more of a normal distribution.
+
+    And, in 75 % of the cases, 95 % of all values.
+    """
+    factor = BELOW_THE_MEAN[min(len(values) - 2, len(BELOW_THE_MEAN) - 1)]
+    return statistics.mean(values) - factor * statistics.stdev(values)
 
 
 def calibration_prompt(number: int) -> str:

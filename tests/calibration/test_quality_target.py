@@ -22,7 +22,7 @@ from moving_digits import metrics
 
 import lite_compile
 from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
-from lite_compile.calibration.target import QualityTarget, lower_bound_of_another
+from lite_compile.calibration.target import QualityTarget, lower_bound_of_others
 
 STEPS = 5
 
@@ -162,8 +162,14 @@ def test_where_the_search_begins() -> None:
     assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
 
 
-@pytest.mark.parametrize("count", [2, 3, 6, 14])
+@pytest.mark.parametrize("count", [2, 3, 4, 6, 9, 12, 20])
 def test_95_percent_of_other_prompts_are_above_the_bound(count: int) -> None:
-    draws = np.random.default_rng(count).normal(30.0, 4.0, (20_000, count + 1))
-    above = np.mean([lower_bound_of_another(given[:-1].tolist()) < given[-1] for given in draws])
-    assert above == pytest.approx(0.95, abs=0.006)
+    mean, spread = 30.0, 4.0
+    draws = np.random.default_rng(count).normal(mean, spread, (20_000, count + 1))
+    bounds = np.array([lower_bound_of_others(given[:-1].tolist()) for given in draws])
+    another = float(np.mean(bounds < draws[:, -1]))
+    confident = float(np.mean(bounds < mean - 1.6449 * spread))  # which 95 % of all exceed
+    assert another > 0.944
+    assert confident > 0.744
+    if count <= 12:
+        assert min(another - 0.95, confident - 0.75) < 0.012, "no more careful than has to be"
