@@ -24,6 +24,7 @@ from .density_history import history_shape, probe_shape
 from .key_ranges import NO_RANGES, KeyRanges
 from .lifetime import Watch
 from .mask_watch import MaskWatch
+from .options import LayerNames
 from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
 
@@ -81,7 +82,7 @@ class Binding:
         """Whether a tensor is gone: its id may come back as another one's."""
         self._device = device
         self._states: OrderedDict[tuple[LayerSpec, ...], list[LayerState]] = OrderedDict()
-        self._latest: tuple[tuple[LayerSpec, ...] | None, list[LayerState]] = None, []
+        self._latest: tuple[tuple[LayerSpec, ...] | None, tuple[Tensor, ...]] = None, ()
         """What was asked for last."""
         self.lock = threading.RLock()
         """Held during a call: two threads that use one model take turns."""
@@ -100,6 +101,9 @@ class Binding:
         self.served = 0
         """Number of the last call of the root that used these states."""
         self.mask_watch: MaskWatch | None = None
+        self.followed: tuple[LayerNames, int, tuple[str, ...]] | None = None
+        """What the table of thresholds was made sure to follow last: which layers may use their state, which override
+        was the latest, and the layers of the root."""
         with _registry_lock:
             _registry.add(self)
 
@@ -126,10 +130,10 @@ class Binding:
         owned = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
         return not self.expired and owned.issuperset(self._ids)
 
-    def states(self, specs: tuple[LayerSpec, ...], history: bool = False, probe: bool = False) -> list[LayerState]:
-        """The states for one input shape, in the order of the graph's layers; empty ones on first use.
+    def states(self, specs: tuple[LayerSpec, ...], history: bool = False, probe: bool = False) -> tuple[Tensor, ...]:
+        """The states for one input shape, in the order of the graph's layers, then their histories and probes.
 
-        `history` and `probe` are the same at each call: they are part of the graph.
+        They are empty on first use. `history` and `probe` are the same at each call: they are part of the graph.
         """
         if specs is self._latest[0]:
             return self._latest[1]
@@ -142,8 +146,9 @@ class Binding:
             found = [self._empty_state(spec, history, probe) for spec in named]
             self._states[specs] = found
         self._states.move_to_end(specs)
-        self._latest = specs, found
-        return found
+        tensors = [*(x.state for x in found), *(x.history for x in found), *(x.probe for x in found)]
+        self._latest = specs, tuple(tensor for tensor in tensors if tensor is not None)
+        return self._latest[1]
 
     def _empty_state(self, spec: LayerSpec, history: bool, probe: bool) -> LayerState:
         state = _zeros(spec.shape, self._device)
@@ -160,9 +165,9 @@ class Binding:
 
     def move_to(self, clock: Tensor, names: Sequence[str]) -> None:
         """Follow another clock from now on, with empty states; `names` of the layers in its module."""
-        self.clock, self.names, self.mask_watch = clock, tuple(names), None
+        self.clock, self.names, self.mask_watch, self.followed = clock, tuple(names), None, None
         self._states.clear()
-        self._latest = None, []
+        self._latest = None, ()
 
     def ids(self) -> list[int | None]:
         """Of the parameters and buffers that identify the model, those of layers first; None for one that is gone."""

@@ -29,7 +29,7 @@ class ModuleContents:
         entries = _read(modules)
         self._entries = list(map(id, entries))
         places = [place for place, x in enumerate(entries) if isinstance(x, Tensor)]
-        self._pick = _picker(places)
+        self._pick = picker(places)
         tensors = self._pick(entries)
         self._watches = {id(x): Watch(x, forget) for x in tensors}
         self._swappable = any(watch.by_companion for watch in self._watches.values())
@@ -65,8 +65,8 @@ def _read(modules: Iterable[Any]) -> list[Any]:
         return list(itertools.chain.from_iterable(contents.values() for contents in filled))
 
 
-def _picker(places: list[int]) -> Any:
-    """A function that picks what lies at `places` of a list, as a sequence."""
+def picker(places: list[int]) -> Any:
+    """A function that picks what lies at `places` of a sequence, as a sequence."""
     if len(places) < 2:
         return lambda entries: [entries[place] for place in places]
     return operator.itemgetter(*places)

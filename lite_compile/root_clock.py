@@ -45,6 +45,15 @@ _roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Root]] = weakref.WeakKe
 _signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
 
 
+class _Entered(threading.local):
+    """The root whose call this thread began last and has not left; not to be trusted if a hook of another's raised."""
+
+    root: weakref.ref[Root] | None = None
+
+
+_entered = _Entered()
+
+
 @dataclass(frozen=True)
 class ClockArguments:
     """What the clock reads of one call of a root module."""
@@ -67,6 +76,8 @@ class RootCall:
     arguments: ClockArguments
     override: int
     """`latest_override()` when the call began."""
+    outer: weakref.ref[Root] | None
+    """Whose call the thread was in when this one began."""
     number: int = field(default_factory=lambda: next(_numbers))
 
     def clock(self, rules: ClockRules) -> RootClock:
@@ -135,7 +146,7 @@ class Root:
 
     def clock(self, conditions: int, rules: ClockRules) -> RootClock:
         """The clock for that many conditioning inputs that follows these rules."""
-        key = (conditions, *rules.key)
+        key = (conditions, rules.key)
         if key not in self._clocks:
             self._clocks[key] = RootClock(conditions, rules)
         return self._clocks[key]
@@ -152,7 +163,8 @@ class Root:
             if isinstance(found, str):
                 self.call = None
             else:
-                self.call = RootCall(self, frame, threading.get_ident(), found, override)
+                self.call = RootCall(self, frame, threading.get_ident(), found, override, _entered.root)
+                _entered.root = weakref.ref(self)
             changed = not self._contents.unchanged()  # a LoRA, a prompt in a buffer
             if changed:
                 self._contents = ModuleContents(module)
@@ -177,6 +189,7 @@ class Root:
         """A call is over."""
         with _lock:
             if self.call is not None and self.call.frame is frame:
+                _entered.root = self.call.outer
                 self.call = None
 
 
@@ -220,6 +233,15 @@ def root_of(module: nn.Module) -> Root | None:
 
 def current_call() -> RootCall | None:
     """The call of a root module that the running code is part of; installs hooks where the first one is found."""
+    root = None if _entered.root is None else _entered.root()
+    call = None if root is None else root.call
+    if call is not None:
+        # Begun last: if the running code is part of it, then no call of another root is in between.
+        begun, above = call.frame, sys._getframe(1).f_back
+        while above is not None:
+            if above is begun:
+                return call
+            above = above.f_back
     for frame in _frames(sys._getframe(1)):
         if frame.f_code is _CALL:
             root = root_of(frame.f_locals["self"])

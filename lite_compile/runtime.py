@@ -23,6 +23,7 @@ from .find_binding import BindingFinder
 from .key_ranges import NO_RANGES, KeyRanges, range_table
 from .layer_state import Binding, LayerSpec
 from .mask_watch import MaskWatch
+from .module_contents import picker
 from .options import LayerNames
 from .overrides import latest_override
 from .passes.graph_inputs import attribute_path, fake_value, is_buffer, is_parameter, placeholders, source_name
@@ -171,6 +172,7 @@ class StatefulGraph:
         self._identity = [position[layer.weight] for layer in state.layers]
         owned = [index for index, node in enumerate(inputs) if is_parameter(node) or is_buffer(node)]
         self._identity += [index for index in owned if index not in set(self._identity)]
+        self._pick_identity = picker(self._identity)
         self._bindings = BindingFinder(self._key, state.clock_words, state.device)
         self._allowed: dict[tuple[str, ...], bool] = {}
         self._fresh_in_a_row, self._warned = 0, False
@@ -178,21 +180,23 @@ class StatefulGraph:
         self._sizes = [(*layer.shape, layer.q_len, layer.k_len) for layer in state.layers]
         self._lengths: dict[tuple[LayerSpec, ...], list[tuple[str, int]]] = {}
         self._specs: dict[tuple[int, ...], tuple[LayerSpec, ...]] = {}
+        self._only_specs: tuple[LayerSpec, ...] = ()
+        """Those of all calls, where no size is symbolic and there was a call."""
 
     def __call__(self, *args: Any) -> Any:
-        binding = self._bindings.find([args[index] for index in self._identity])
-        self._warn_if_nothing_lasts(binding)
+        binding = self._bindings.find(self._pick_identity(args))
+        if binding.calls == 1 or binding.rewrites or self._fresh_in_a_row:
+            self._warn_if_nothing_lasts(binding)
         with binding.lock:
             clock = self._follow_root(binding, args) if self._source is ClockSource.ROOT else self._own_clock(binding)
             table = binding.thresholds.table
-            specs = self._resolve(args)
+            specs = self._only_specs or self._resolve(args)
             states = binding.states(specs, self._history, self._probe)
-            histories = [state.history for state in states] if self._history else []
-            histories += [state.probe for state in states] if self._probe else []
-            tables = [self._no_thresholds if table is None else table]
+            if table is None:
+                table = self._no_thresholds
             if self._ranges.any:
-                tables.append(self._range_table(binding, specs))
-            return self._compiled(*args, clock, *tables, *(state.state for state in states), *histories)
+                return self._compiled(*args, clock, table, self._range_table(binding, specs), *states)
+            return self._compiled(*args, clock, table, *states)
 
     def _own_clock(self, binding: Binding) -> Tensor:
         """The clock that the graph advances or, if the user drives it, reads."""
@@ -205,7 +209,7 @@ class StatefulGraph:
         elif changed:
             with torch.inference_mode(False), torch.no_grad():
                 binding.clock[RESET].fill_(1)
-        if self._source is None:
+        if self._source is None and self._dense_steps.count_last:
             self._tell_steps(binding, binding.clock)
         return binding.clock
 
@@ -231,14 +235,14 @@ class StatefulGraph:
         return table
 
     def _tell_steps(self, binding: Binding, clock: Tensor) -> None:
-        anchor = binding.ids()[0] if self._dense_steps.count_last else None
+        anchor = binding.ids()[0]
         if anchor is not None:
             tell_steps(anchor, clock)
 
     def _follow_root(self, binding: Binding, args: Sequence[Any]) -> Tensor:
         """Where the running call of the root stands, int32 `[NOW_WORDS]`; no state may be used if there is none."""
         call = current_call()
-        if self._follow_ranges(binding, latest_override() if call is None else call.override):
+        if self._ranges.any and self._follow_ranges(binding, latest_override() if call is None else call.override):
             binding.void()
         if call is None:
             return self._dense
@@ -249,13 +253,17 @@ class StatefulGraph:
             call.root.add_layers(call.module, binding.names)
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.
-        if self._follow_thresholds(binding, call.override, call.root.layers):
-            binding.void()
+        wanted = self._names, call.override, call.root.layers
+        if wanted != binding.followed:
+            if self._follow_thresholds(binding, call.override, call.root.layers):
+                binding.void()
+            binding.followed = wanted
         # A block that runs twice in one call of the root (shared, or for guidance) has one state, for the first time.
         if binding.served == call.number or not self._allows(binding.names):
             return self._dense
         binding.served = call.number
-        self._tell_steps(binding, root.clock)
+        if self._dense_steps.count_last:
+            self._tell_steps(binding, root.clock)
         now = root.read(call)
         if not self._masks:
             return now
@@ -291,4 +299,6 @@ class StatefulGraph:
             )
             self._lengths[specs] = [(spec.layer, spec.k_len) for spec in specs]
             self._specs[values] = specs  # last: a thread that calls the graph for another model may find it at once
+            if not values:
+                self._only_specs = specs
         return specs

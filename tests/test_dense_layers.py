@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from models import DEVICE, TOLERANCE, compiled, denoise, noise, prompt, tiny_wan
+from models import DEVICE, OPTIONS, TOLERANCE, compiled, denoise, noise, prompt, tiny_wan
 from test_regional import compile_blocks, compile_whole, distance
 from test_thresholds import densities
 from torch._dynamo.utils import counters
@@ -15,6 +15,7 @@ from torch._dynamo.utils import counters
 import lite_compile
 from lite_compile import Reason
 from lite_compile.dense_layers import DenseLayers, ExactLayers, choose_layers
+from lite_compile.layer_state import bindings
 from lite_compile.passes import decide_dense_layers
 from lite_compile.schedule import Schedule
 
@@ -132,3 +133,20 @@ def test_excluded_layers_do_not_count() -> None:
     whole = tiny_wan(layers=4).to(DEVICE)
     denoise(compile_whole(whole, **options), noise(0), PROMPTS, 5)
     assert sparse == [LAYERS[2]] == [layer for layer, density in densities(whole).items() if density < 1]
+
+
+def test_graphs_of_one_text_that_are_called_in_turns_follow_their_own_options() -> None:
+    """They share the states, but not which layers are left to be counted."""
+    model = tiny_wan(layers=3)
+    blocks = list(model.blocks)
+    first_of: dict[str, torch.nn.ModuleList] = {}
+    for first, excluded in (("blocks.0.attn1", ["blocks.2.*"]), ("blocks.1.attn1", ["blocks.0.*"])):
+        options = {**OPTIONS, "threshold": -1.0, "dense_layers": (1, 0), "exclude_layers": excluded}
+        run = [torch.compile(block, backend="liteattention", fullgraph=True, options=options) for block in blocks]
+        first_of[first] = torch.nn.ModuleList(run)
+    for first in [*first_of, *first_of]:
+        model.blocks = first_of[first]
+        denoise(model, noise(0), PROMPTS, 2)
+        found = bindings(model)
+        assert len(found) == 3
+        assert {binding.thresholds.exact for binding in found} == {frozenset([first])}
