@@ -31,7 +31,7 @@ from .result import Calibration, Quality
 from .scale_search import ScaleSearch
 from .search import FLOOR, ThresholdSearch
 from .survey import Survey
-from .target import QualityRuns, QualityTarget, calibration_prompt
+from .target import Dense, QualityRuns, QualityTarget, calibration_prompt
 
 TARGET_ERROR = 0.05
 MARGIN = 0.8
@@ -73,7 +73,7 @@ def calibrate(
         model: the denoiser itself, for example `pipe.transformer`, compiled with `backend="liteattention"`.
         run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
         target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
-            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None: the
+            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None:
             half the root mean square error that the PSNR stands for, 0.00625 to 0.1, or 0.05.
         metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
         out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
@@ -130,7 +130,7 @@ class _Phases:
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
-        dense = self._survey()
+        dense = self._survey(quality)
         reached = None
         if quality is None:
             points, errors, densities = self._repair(self._search(self._prompts))
@@ -147,12 +147,14 @@ class _Phases:
             save_calibration(calibration, path, fractions, len(self._prompts))
         return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))
 
-    def _survey(self) -> list[Any]:
+    def _survey(self, quality: QualityTarget | None) -> dict[str, Dense]:
         """See in a dense generation of the first prompt where the run has its steps; what it gave, if done now."""
-        survey, dense = Survey(), list[Any]()
+        survey, dense = Survey(), dict[str, Dense]()
 
         def look() -> dict[str, Any]:
-            dense.append(self._generations.observe(self._prompts[0], survey))
+            result = self._generations.observe(self._prompts[0], survey)
+            if quality is not None:
+                dense[calibration_prompt(0)] = quality.read_dense(result)
             return {"steps": survey.steps, "calls": survey.calls}
 
         result = self._journal.once("survey", look)
@@ -236,9 +238,9 @@ class _Phases:
         return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
 
     def _meet(
-        self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
+        self, target: QualityTarget, points: Points, held_out: list[Any], dense: dict[str, Dense]
     ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and their quality; `dense`: of the first prompt."""
+        """Thresholds scaled until generations meet the target, and their quality; `dense`: those that are known."""
 
         def scaled(x: float) -> Points:
             return {
@@ -246,9 +248,7 @@ class _Phases:
                 for layer, steps in points.items()
             }
 
-        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
-        for result in dense:
-            runs.note_dense(calibration_prompt(0), result)
+        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal, dense)
         runs.check_repeatable(self._prompts[0])
         search = ScaleSearch(
             target, len(self._prompts), partial(runs.evaluate, self._prompts), lambda a, b: scaled(a) == scaled(b)

@@ -372,6 +372,7 @@ def test_one_calibration_at_a_time() -> None:
         ({"held_out": [1]}, ValueError, "held_out is for"),
         ({"value_range": (0, 1)}, ValueError, "value_range is for"),
         ({"target_psnr": 30, "value_range": (1, 0)}, ValueError, r"value_range is \(1, 0\)"),
+        ({"target_psnr": 30, "value_range": (0, math.inf)}, ValueError, r"value_range is \(0, inf\)"),
         ({"out": "/nowhere/at/all.toml"}, ValueError, "a file in a folder that exists"),
         ({"run": 3}, TypeError, "run is 3"),
         ({"model": None}, TypeError, "model is None"),
