@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..environment import installed_version
@@ -22,6 +20,7 @@ from .arguments import check_arguments
 from .attention_error import METRICS
 from .budget import Budget, Share, default_share
 from .calibration_file import CalibratedThresholds, LayerColumn, write_calibration
+from .digest import digest
 from .fingerprint import fingerprint
 from .generations import Generations
 from .journal import Journal
@@ -108,7 +107,8 @@ def calibrate(
         None if path is None else path.with_name(f"{path.name}.partial"),
         {
             "model": str(fingerprint(original)), "target_error": budget.target, "metric": metric,
-            "shares": [budget.at(i / 16) for i in range(17)], "prompts": _digest(given), "held_out": _digest(held_out),
+            "shares": [budget.at(i / 16) for i in range(17)], "prompts": digest(given),
+            "held_out": digest(list(held_out or ())),
             "quality": None if quality is None else [quality.name, quality.value, quality.given_range],
             "lite-compile": installed_version("lite-compile"),
         },
@@ -219,7 +219,7 @@ class _Phases:
         thresholds = self._thresholds(points)
         for number, prompt in enumerate(progress(self._prompts, "measuring errors")):
             result = self._journal.once(f"{name}, {number}", partial(self._replay_one, prompt, thresholds))
-            self._attentions += 2 * self._calls
+            self._attentions += result["attentions"]
             for layer, steps in _from_json(result["errors"]).items():
                 known = errors.setdefault(layer, {})
                 known.update({f: max(error, known.get(f, 0.0)) for f, error in steps.items()})
@@ -235,7 +235,8 @@ class _Phases:
     def _replay_one(self, prompt: Any, thresholds: CalibratedThresholds) -> dict[str, Any]:
         replay = Replay(thresholds, self._budget.metric)
         self._generations.observe(prompt, replay)
-        return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
+        measured = {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
+        return {**measured, "attentions": replay.kernel_calls}
 
     def _meet(
         self, target: QualityTarget, points: Points, held_out: list[Any], dense: dict[str, Dense]
@@ -307,14 +308,3 @@ def _to_json(points: Points) -> dict[str, list[list[float]]]:
 
 def _from_json(content: dict[str, list[list[float]]]) -> Points:
     return {layer: {step[0]: step[1] for step in steps} for layer, steps in content.items()}
-
-
-def _digest(prompts: Sequence[Any] | None) -> str:
-    """Tells prompts apart, tensors among them by their values."""
-    digest = hashlib.sha256()
-    for prompt in prompts or ():
-        if isinstance(prompt, torch.Tensor):
-            digest.update(prompt.detach().double().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(prompt).encode())
-    return digest.hexdigest()[:16]
