@@ -18,9 +18,9 @@ from .replay import Replay
 
 DECIBELS = 20 * math.log10(2)
 """By which PSNR falls where errors double."""
-BELOW_THE_MEAN = (7.74, 3.38, 2.69, 2.47, 2.34, 2.26, 2.20, 2.15, 2.11, 2.08, 2.06)
-"""Standard deviations, for 2, 3, ... values (more are counted as the last): the larger of the one-sided limits of a normal
-distribution for one more value (95 %; Student's t) and for 95 % of it (tolerance limit, with a confidence of 75 %)."""
+BELOW_THE_MEAN = (7.74, 3.38, 2.69, 2.47, 2.34, 2.26, 2.19, 2.15, 2.11, 2.08, 2.05)
+"""Standard deviations, rounded up, for 2, 3, ... values (more count as the last): the larger of the one-sided limits of
+a normal distribution for one more value (95 %; Student's t) and for 95 % of it (with a confidence of 75 %)."""
 
 
 Dense = tuple[Tensor, float]
@@ -39,7 +39,7 @@ class QualityTarget:
         """A copy, as `run` may write its next result in place; raises for what nothing can be compared with."""
         output = read_output(result).clone()
         if not output.isfinite().all():
-            raise ValueError("run() returned values that are not finite, with dense attention: nothing compares to them")
+            raise ValueError("run() returned values that are not finite, with dense attention; nothing can be compared")
         dense = output, value_range(result, output, self.given_range)
         self.measure(result, dense)
         return dense

@@ -23,7 +23,7 @@ from moving_digits import metrics
 
 import lite_compile
 from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
-from lite_compile.calibration.target import QualityTarget, lower_bound_of_others
+from lite_compile.calibration.target import BELOW_THE_MEAN, QualityTarget, lower_bound_of_others
 
 STEPS = 5
 
@@ -202,6 +202,26 @@ def test_where_the_search_begins() -> None:
     psnr_targets = [QualityTarget("psnr", value, None).first_error(0.05) for value in (10.0, 30.0, 90.0)]
     assert psnr_targets == pytest.approx([0.1, 10**-1.5 / 2, 0.00625])
     assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
+
+
+def student(t: float, freedom: int, shift: float) -> float:
+    """Cumulative distribution of Student's t, noncentral by `shift`: normal over chi."""
+    x = np.linspace(1e-9, 12 + math.sqrt(freedom), 20_001)
+    density = np.exp((1 - freedom / 2) * math.log(2) + (freedom - 1) * np.log(x) - x**2 / 2 - math.lgamma(freedom / 2))
+    normal = torch.special.ndtr(torch.from_numpy(t * x / math.sqrt(freedom) - shift))
+    return float(torch.trapezoid(torch.from_numpy(density) * normal, torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize("count", range(2, len(BELOW_THE_MEAN) + 2))
+def test_limits_are_those_of_the_normal_distribution(count: int) -> None:
+    def holds(limit: float) -> bool:
+        another = student(limit / math.sqrt(1 + 1 / count), count - 1, 0.0)
+        confident = student(limit * math.sqrt(count), count - 1, 1.644854 * math.sqrt(count))
+        return another >= 0.95 and confident >= 0.75
+
+    limit = BELOW_THE_MEAN[count - 2]
+    assert holds(limit)
+    assert not holds(limit - 0.01)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 9, 12, 20])
