@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,7 +33,8 @@ def check_arguments(
         raise ValueError("held_out is for target_psnr or target_ssim, together with prompts")
     if value_range is not None:
         pair = isinstance(value_range, list | tuple) and len(value_range) == 2
-        if not pair or not all(isinstance(x, int | float) for x in value_range) or not value_range[0] < value_range[1]:
+        numbers = pair and all(isinstance(x, int | float) and math.isfinite(x) for x in value_range)
+        if not numbers or not value_range[0] < value_range[1]:
             raise ValueError(f"value_range is {value_range!r}; allowed: (least, largest), or None")
         if not asked:
             raise ValueError("value_range is for target_psnr and target_ssim")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import hashlib
 import math
 import os
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..environment import installed_version
@@ -22,6 +20,7 @@ from .arguments import check_arguments
 from .attention_error import METRICS
 from .budget import Budget, Share, default_share
 from .calibration_file import CalibratedThresholds, LayerColumn, write_calibration
+from .digest import digest
 from .fingerprint import fingerprint
 from .generations import Generations
 from .journal import Journal
@@ -31,7 +30,7 @@ from .result import Calibration, Quality
 from .scale_search import ScaleSearch
 from .search import FLOOR, ThresholdSearch
 from .survey import Survey
-from .target import QualityRuns, QualityTarget, calibration_prompt
+from .target import Dense, QualityRuns, QualityTarget, calibration_prompt
 
 TARGET_ERROR = 0.05
 MARGIN = 0.8
@@ -73,7 +72,7 @@ def calibrate(
         model: the denoiser itself, for example `pipe.transformer`, compiled with `backend="liteattention"`.
         run: performs one generation: `run(prompt)` for each of `prompts`, or `run()` without them.
         target_error: largest error of a layer's attention output against dense attention of the same q, k, v; each step
-            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None: the
+            may use `share` of it; None: 0.05. With `target_psnr` or `target_ssim`: where the search begins; None:
             half the root mean square error that the PSNR stands for, 0.00625 to 0.1, or 0.05.
         metric: `"l1"`, `"rmse"` or `"cosine"` (`attention_error.METRICS`).
         out: the TOML file to write. Beside it lies `<out>.partial` meanwhile, which a run that was cut off goes on
@@ -108,7 +107,8 @@ def calibrate(
         None if path is None else path.with_name(f"{path.name}.partial"),
         {
             "model": str(fingerprint(original)), "target_error": budget.target, "metric": metric,
-            "shares": [budget.at(i / 16) for i in range(17)], "prompts": _digest(given), "held_out": _digest(held_out),
+            "shares": [budget.at(i / 16) for i in range(17)], "prompts": digest(given),
+            "held_out": digest(list(held_out or ())),
             "quality": None if quality is None else [quality.name, quality.value, quality.given_range],
             "lite-compile": installed_version("lite-compile"),
         },
@@ -130,7 +130,7 @@ class _Phases:
 
     def carry_out(self, quality: QualityTarget | None, held_out: list[Any], path: Path | None) -> Calibration:
         """All phases, and the file."""
-        dense = self._survey()
+        dense = self._survey(quality)
         reached = None
         if quality is None:
             points, errors, densities = self._repair(self._search(self._prompts))
@@ -147,12 +147,14 @@ class _Phases:
             save_calibration(calibration, path, fractions, len(self._prompts))
         return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))
 
-    def _survey(self) -> list[Any]:
+    def _survey(self, quality: QualityTarget | None) -> dict[str, Dense]:
         """See in a dense generation of the first prompt where the run has its steps; what it gave, if done now."""
-        survey, dense = Survey(), list[Any]()
+        survey, dense = Survey(), dict[str, Dense]()
 
         def look() -> dict[str, Any]:
-            dense.append(self._generations.observe(self._prompts[0], survey))
+            result = self._generations.observe(self._prompts[0], survey)
+            if quality is not None:
+                dense[calibration_prompt(0)] = quality.read_dense(result)
             return {"steps": survey.steps, "calls": survey.calls}
 
         result = self._journal.once("survey", look)
@@ -217,7 +219,7 @@ class _Phases:
         thresholds = self._thresholds(points)
         for number, prompt in enumerate(progress(self._prompts, "measuring errors")):
             result = self._journal.once(f"{name}, {number}", partial(self._replay_one, prompt, thresholds))
-            self._attentions += 2 * self._calls
+            self._attentions += result["attentions"]
             for layer, steps in _from_json(result["errors"]).items():
                 known = errors.setdefault(layer, {})
                 known.update({f: max(error, known.get(f, 0.0)) for f, error in steps.items()})
@@ -233,12 +235,13 @@ class _Phases:
     def _replay_one(self, prompt: Any, thresholds: CalibratedThresholds) -> dict[str, Any]:
         replay = Replay(thresholds, self._budget.metric)
         self._generations.observe(prompt, replay)
-        return {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
+        measured = {"errors": _to_json(replay.errors), "densities": _to_json(replay.densities())}
+        return {**measured, "attentions": replay.kernel_calls}
 
     def _meet(
-        self, target: QualityTarget, points: Points, held_out: list[Any], dense: list[Any]
+        self, target: QualityTarget, points: Points, held_out: list[Any], dense: dict[str, Dense]
     ) -> tuple[Points, Quality]:
-        """Thresholds scaled until generations meet the target, and their quality; `dense`: of the first prompt."""
+        """Thresholds scaled until generations meet the target, and their quality; `dense`: those that are known."""
 
         def scaled(x: float) -> Points:
             return {
@@ -246,9 +249,7 @@ class _Phases:
                 for layer, steps in points.items()
             }
 
-        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal)
-        for result in dense:
-            runs.note_dense(calibration_prompt(0), result)
+        runs = QualityRuns(target, self._generations, lambda x: self._thresholds(scaled(x)), self._journal, dense)
         runs.check_repeatable(self._prompts[0])
         search = ScaleSearch(
             target, len(self._prompts), partial(runs.evaluate, self._prompts), lambda a, b: scaled(a) == scaled(b)
@@ -307,14 +308,3 @@ def _to_json(points: Points) -> dict[str, list[list[float]]]:
 
 def _from_json(content: dict[str, list[list[float]]]) -> Points:
     return {layer: {step[0]: step[1] for step in steps} for layer, steps in content.items()}
-
-
-def _digest(prompts: Sequence[Any] | None) -> str:
-    """Tells prompts apart, tensors among them by their values."""
-    digest = hashlib.sha256()
-    for prompt in prompts or ():
-        if isinstance(prompt, torch.Tensor):
-            digest.update(prompt.detach().double().cpu().contiguous().numpy().tobytes())
-        else:
-            digest.update(repr(prompt).encode())
-    return digest.hexdigest()[:16]

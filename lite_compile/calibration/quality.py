@@ -71,7 +71,7 @@ def psnr(a: Tensor, b: Tensor, width: float) -> float:
     error = float((a - b).square().mean())
     if not math.isfinite(error):
         return -math.inf
-    return math.inf if error == 0 else 10 * math.log10(max(width, 1e-300) ** 2 / error)
+    return math.inf if error == 0 else 20 * math.log10(max(width, 1e-300)) - 10 * math.log10(error)
 
 
 def ssim(a: Tensor, b: Tensor, width: float) -> float:

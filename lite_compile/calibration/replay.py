@@ -25,8 +25,11 @@ class Replay:
         self.errors: Points = {}
         """The worst over guidance streams and batch entries."""
         self._densities: dict[str, dict[float, list[float]]] = {}
+        self.kernel_calls = 0
+        """How often attention was computed."""
 
     def __call__(self, layer: str, call: AttendCall) -> None:
+        self.kernel_calls += 1
         if self._thresholds is None or not call.uses_state:
             call.attend_densely()
             return
@@ -36,6 +39,7 @@ class Replay:
         self._densities.setdefault(layer, {}).setdefault(call.fraction, []).append(call.density())
         if self._metric is not None:
             error = sparse_error(call, self._metric)
+            self.kernel_calls += 1
             errors = self.errors.setdefault(layer, {})
             errors[call.fraction] = max(errors.get(call.fraction, 0.0), error)
 

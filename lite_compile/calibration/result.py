@@ -50,7 +50,7 @@ class Calibration:
     """By layer and fraction: share of tiles computed, mean over prompts and streams."""
     path: Path | None
     cost: float
-    """Attentions computed per attention of one dense generation of all prompts."""
+    """Attentions computed per attention of one dense generation of all prompts; those of held-out prompts left out."""
     quality: Quality | None = None
 
     @property

@@ -18,9 +18,13 @@ from .replay import Replay
 
 DECIBELS = 20 * math.log10(2)
 """By which PSNR falls where errors double."""
-BELOW_THE_MEAN = (7.74, 3.38, 2.69, 2.47, 2.34, 2.26, 2.20, 2.15, 2.11, 2.08, 2.06)
-"""Standard deviations, for 2, 3, ... values (more are counted as the last): the larger of the one-sided limits of a normal
-distribution for one more value (95 %; Student's t) and for 95 % of it (tolerance limit, with a confidence of 75 %)."""
+BELOW_THE_MEAN = (7.74, 3.38, 2.69, 2.47, 2.34, 2.26, 2.19, 2.15, 2.11, 2.08, 2.05)
+"""Standard deviations, rounded up, for 2, 3, ... values (more count as the last): the larger of the one-sided limits of
+a normal distribution for one more value (95 %; Student's t) and for 95 % of it (with a confidence of 75 %)."""
+
+
+Dense = tuple[Tensor, float]
+"""What a dense generation gave, and the width of its range of values."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +35,16 @@ class QualityTarget:
     value: float
     given_range: tuple[float, float] | None
 
-    def measure(self, result: Any, dense: tuple[Tensor, float]) -> float:
+    def read_dense(self, result: Any) -> Dense:
+        """A copy, as `run` may write its next result in place; raises for what nothing can be compared with."""
+        output = read_output(result).clone()
+        if not output.isfinite().all():
+            raise ValueError("run() returned values that are not finite, with dense attention; nothing can be compared")
+        dense = output, value_range(result, output, self.given_range)
+        self.measure(result, dense)
+        return dense
+
+    def measure(self, result: Any, dense: Dense) -> float:
         """dB, or SSIM."""
         expected, width = dense
         found = read_output(result)
@@ -80,12 +93,12 @@ class QualityRuns:
     """Generations under thresholds against dense ones of the same prompts."""
 
     def __init__(
-        self, target: QualityTarget, generations: Generations, thresholds: Callable[[float], Any], journal: Journal
-    ) -> None:
-        """`thresholds(log2 of the scale)` are those to measure."""
+        self, target: QualityTarget, generations: Generations, thresholds: Callable[[float], Any], journal: Journal,
+        dense: dict[str, Dense],
+    ) -> None:  # fmt: skip
+        """`thresholds(log2 of the scale)` are those to measure; `dense`: by name of the prompt, what is known."""
         self._target, self._generations = target, generations
-        self._thresholds, self._journal = thresholds, journal
-        self._dense: dict[str, tuple[Tensor, float]] = {}
+        self._thresholds, self._journal, self._dense = thresholds, journal, dense
         self.runs = 0
         """Generations of calibration prompts but the first dense one of each; those of an earlier attempt included."""
 
@@ -107,15 +120,10 @@ class QualityRuns:
         replay = Replay(self._thresholds(x))
         return self._target.measure(self._generations.observe(prompt, replay), dense)
 
-    def note_dense(self, name: str, result: Any) -> None:
-        """A dense generation of the prompt gave this."""
-        output = read_output(result)
-        self._dense[name] = (output, value_range(result, output, self._target.given_range))
-
-    def dense(self, prompt: Any, name: str) -> tuple[Tensor, float]:
-        """A dense generation of the prompt, and the width of its range of values."""
+    def dense(self, prompt: Any, name: str) -> Dense:
+        """That of the prompt."""
         if name not in self._dense:
-            self.note_dense(name, self._generations.observe(prompt, Replay(None)))
+            self._dense[name] = self._target.read_dense(self._generations.observe(prompt, Replay(None)))
         return self._dense[name]
 
     def check_repeatable(self, prompt: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,7 +23,7 @@ from moving_digits import metrics
 
 import lite_compile
 from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
-from lite_compile.calibration.target import QualityTarget, lower_bound_of_others
+from lite_compile.calibration.target import BELOW_THE_MEAN, QualityTarget, lower_bound_of_others
 
 STEPS = 5
 
@@ -76,6 +77,46 @@ def test_a_target_that_cannot_be_met_and_a_run_without_a_seed() -> None:
 
     with pytest.raises(ValueError, match="target_psnr is 60: no thresholds that were tried meet it"):
         lite_compile.calibrate(model, noisy, target_psnr=60)
+
+
+def test_a_run_that_writes_its_results_in_place() -> None:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+
+    def run(number: int) -> Tensor:
+        return denoise(call, noise(number), [prompt(number)], STEPS).double()
+
+    def in_place(number: int) -> Tensor:
+        return buffer.copy_(run(number))
+
+    buffer = torch.empty_like(noise(0), dtype=torch.float64)
+    found, expected = (lite_compile.calibrate(model, f, prompts=[0, 1, 2], target_psnr=80) for f in (in_place, run))
+    assert found.quality == expected.quality
+    assert max(expected.quality.calibration) < math.inf
+
+
+@pytest.mark.parametrize(
+    ("spoil", "target", "error", "message"),
+    [
+        (lambda result: None, {"target_psnr": 30}, TypeError, "let it return what"),
+        (lambda result: result * math.nan, {"target_psnr": 30}, ValueError, "not finite, with dense attention"),
+        (lambda result: result[..., :4], {"target_ssim": 0.9}, ValueError, "11 x 11 or more"),
+    ],
+)
+def test_results_that_cannot_be_compared_are_told_at_the_first_generation(
+    spoil: Callable[[Tensor], Any], target: dict[str, float], error: type[Exception], message: str
+) -> None:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+    runs = []
+
+    def run() -> Any:
+        runs.append(denoise(call, noise(0), [prompt(0)], 3))
+        return spoil(runs[-1])
+
+    with pytest.raises(error, match=message):
+        lite_compile.calibrate(model, run, **target)
+    assert len(runs) == 1
 
 
 def test_scales_that_were_tried_before_a_crash_are_not_tried_again(tmp_path: Path) -> None:
@@ -134,6 +175,7 @@ def test_measures_against_those_of_the_examples() -> None:
     assert ssim(a.double(), b.double(), 1.0) == pytest.approx(float(metrics.ssim(a, b, (0, 1))), rel=1e-4)
     assert psnr(a, a, 1.0) == math.inf
     assert ssim(a.double(), a.double(), 1.0) == pytest.approx(1)
+    assert psnr(a, b, 0.0) < -5000, "a dense result of one value"
     b[0, 0, 0, 0] = math.nan
     assert psnr(a.double(), b.double(), 1.0) == ssim(a.double(), b.double(), 1.0) == -math.inf
     with pytest.raises(ValueError, match="11 x 11 or more, not 4 x 4"):
@@ -160,6 +202,26 @@ def test_where_the_search_begins() -> None:
     psnr_targets = [QualityTarget("psnr", value, None).first_error(0.05) for value in (10.0, 30.0, 90.0)]
     assert psnr_targets == pytest.approx([0.1, 10**-1.5 / 2, 0.00625])
     assert QualityTarget("ssim", 0.9, None).first_error(0.05) == 0.05
+
+
+def student(t: float, freedom: int, shift: float) -> float:
+    """Cumulative distribution of Student's t, noncentral by `shift`: normal over chi."""
+    x = np.linspace(1e-9, 12 + math.sqrt(freedom), 20_001)
+    density = np.exp((1 - freedom / 2) * math.log(2) + (freedom - 1) * np.log(x) - x**2 / 2 - math.lgamma(freedom / 2))
+    normal = torch.special.ndtr(torch.from_numpy(t * x / math.sqrt(freedom) - shift))
+    return float(torch.trapezoid(torch.from_numpy(density) * normal, torch.from_numpy(x)))
+
+
+@pytest.mark.parametrize("count", range(2, len(BELOW_THE_MEAN) + 2))
+def test_limits_are_those_of_the_normal_distribution(count: int) -> None:
+    def holds(limit: float) -> bool:
+        another = student(limit / math.sqrt(1 + 1 / count), count - 1, 0.0)
+        confident = student(limit * math.sqrt(count), count - 1, 1.644854 * math.sqrt(count))
+        return another >= 0.95 and confident >= 0.75
+
+    limit = BELOW_THE_MEAN[count - 2]
+    assert holds(limit)
+    assert not holds(limit - 0.01)
 
 
 @pytest.mark.parametrize("count", [2, 3, 4, 6, 9, 12, 20])
