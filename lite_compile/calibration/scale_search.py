@@ -111,7 +111,9 @@ class ScaleSearch:
             least = NEAR if tried < EVALUATIONS else COARSE * 2 ** (tried - EVALUATIONS)
             return max(missed - FAR, min(missed - least, x))
         if math.isinf(missed):
-            return min(best.scale + FAR, x)
+            # On a plateau an older trial may predict no more than what has been tried.
+            steepest = best.scale + (self._room(self._bound(best)) - NEAR / 2) / STEEPEST
+            return min(best.scale + FAR, max(steepest, x))
         margin = (missed - best.scale) / 4
         return min(missed - margin, max(best.scale + margin, x))
 

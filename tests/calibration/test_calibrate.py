@@ -254,6 +254,17 @@ def test_layers_that_the_options_leave_out(compile_model: Any, options: dict[str
     assert lite_compile.stats(again).density < 1
 
 
+def test_a_layer_that_stays_dense_is_not_shifted_with_the_others() -> None:
+    model = tiny_wan()
+    run = make_run(compile_blocks(model, dense_layers=["blocks.0.*"]))
+    found = lite_compile.calibrate(model, run, prompts=[0], target_psnr=80)
+    assert found.quality is not None
+    assert found.quality.scale != 1
+    thresholds = {layer: set(schedule.thresholds) for layer, schedule in found.thresholds.layers}
+    assert thresholds["blocks.0.attn1"] == {-math.inf}
+    assert max(thresholds["blocks.1.attn1"]) > search.FLOOR
+
+
 def test_the_share_can_be_replaced() -> None:
     model = tiny_wan()
     run = make_run(compiled(model))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import sys
@@ -22,8 +23,15 @@ from models import compiled, denoise, noise, prompt, tiny_wan
 from moving_digits import metrics
 
 import lite_compile
+from lite_compile.calibration.journal import Journal
 from lite_compile.calibration.quality import psnr, read_output, ssim, value_range
-from lite_compile.calibration.target import BELOW_THE_MEAN, QualityTarget, lower_bound_of_others
+from lite_compile.calibration.target import (
+    BELOW_THE_MEAN,
+    QualityRuns,
+    QualityTarget,
+    calibration_prompt,
+    lower_bound_of_others,
+)
 
 STEPS = 5
 
@@ -196,6 +204,28 @@ def test_room_for_larger_errors() -> None:
     assert QualityTarget("ssim", 0.9, None).room(0.975) == pytest.approx(1)
     exact = QualityTarget("ssim", 1.0, None)
     assert (exact.room(1.0), exact.room(0.99)) == (math.inf, -math.inf)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "noise", "same"),
+    [
+        ("psnr", 30.0, 10**-3.1, True),  # 62 dB of 60
+        ("psnr", 30.0, 10**-2.9, False),
+        ("psnr", 50.0, 10**-3.6, True),  # 72 dB of 70
+        ("psnr", 50.0, 10**-3.4, False),
+        ("ssim", 0.9, 0.01, True),
+        ("ssim", 0.9, 0.2, False),
+    ],
+)
+def test_how_far_dense_generations_may_differ(name: str, value: float, noise: float, same: bool) -> None:
+    plain = torch.rand(1, 1, 64, 64, generator=torch.Generator().manual_seed(0)).double()
+    other = plain + noise * torch.randn(plain.shape, generator=torch.Generator().manual_seed(1)).double()
+    generations: Any = SimpleNamespace(observe=lambda prompt, handle: other)
+    target = QualityTarget(name, value, (0.0, 1.0))
+    dense = {calibration_prompt(0): target.read_dense(plain)}
+    runs = QualityRuns(target, generations, lambda x: None, Journal(None, {}), dense)
+    with contextlib.nullcontext() if same else pytest.raises(ValueError, match="two dense generations of run"):
+        runs.check_repeatable(None)
 
 
 def test_where_the_search_begins() -> None:

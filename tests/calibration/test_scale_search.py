@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import statistics
@@ -10,7 +11,16 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import pytest
 
-from lite_compile.calibration.scale_search import EVALUATIONS, MOST, NEAR, ScaleSearch, Trial, crossing
+from lite_compile.calibration.scale_search import (
+    COARSE,
+    EVALUATIONS,
+    FAR,
+    MOST,
+    NEAR,
+    ScaleSearch,
+    Trial,
+    crossing,
+)
 from lite_compile.calibration.target import QualityTarget
 
 TARGET = QualityTarget("psnr", 30.0, None)
@@ -130,6 +140,49 @@ def test_a_target_out_of_reach_raises_after_a_bounded_number_of_scales() -> None
     assert len({x for x, _ in prompts.asked}) == MOST
 
 
+def scales(prompts: Prompts) -> list[float]:
+    """Those that are tried, in order, whether or not one meets the target."""
+    search = prompts.search()
+    with contextlib.suppress(ValueError):
+        search.find()
+    return [trial.scale for trial in search.trials]
+
+
+def test_moves_grow_where_predictions_fail_but_not_without_bound() -> None:
+    close = scales(Prompts(lambda x: 29.9))
+    moves = [a - b for a, b in itertools.pairwise(close)]
+    assert moves[0] == NEAR
+    assert moves[EVALUATIONS - 1 :] == pytest.approx([COARSE, 2 * COARSE, 4 * COARSE, 8 * COARSE])
+    far = scales(Prompts(lambda x: -math.inf))
+    assert max(a - b for a, b in itertools.pairwise(far)) == FAR
+
+
+def test_more_than_the_usual_evaluations_only_while_an_octave_may_be_left() -> None:
+    """One prompt, whose quality falls off a cliff: what is known then is only on which side of it a scale was."""
+    counts = set()
+    for cliff in np.linspace(0.5, 20, 40):
+        tried = scales(Prompts(lambda x, cliff=cliff: 60.0 if x < cliff else 10.0))
+        counts.add(len(tried))
+        left = [
+            min([x for x in tried[:count] if x >= cliff], default=math.inf) - max(x for x in tried[:count] if x < cliff)
+            for count in range(1, len(tried) + 1)
+        ]
+        assert left[-1] < COARSE or len(tried) == MOST
+        assert min(left[EVALUATIONS - 1 : -1], default=COARSE) >= COARSE
+    assert min(counts) == EVALUATIONS == 4
+    assert max(counts) > EVALUATIONS
+
+
+def test_what_is_expected_to_be_hardly_bolder_is_not_tried() -> None:
+    assert scales(Prompts(lambda x: 31.8 - 6 * x)) == [0]  # the next would be 0.18
+
+
+def test_between_what_met_the_target_and_what_did_not_a_quarter_is_left_on_either_side() -> None:
+    first, met, next_one, *_ = scales(Prompts(lambda x: 31.9 if x < -0.5 else 20.0))
+    assert first == 0
+    assert next_one == pytest.approx(met - met / 4)  # the line through both comes down to the target right beside it
+
+
 def test_it_ends_where_no_thresholds_are_left() -> None:
     prompts = Prompts(lambda x: 30 + 12 * max(0.0, -x))
     always = prompts.search(same=lambda a, b: True)
@@ -140,6 +193,14 @@ def test_it_ends_where_no_thresholds_are_left() -> None:
     assert equal.cost == 3
     broken = Prompts(lambda x: 60.0 if x < -3 else -math.inf, (0.0, 0.0))
     assert -16 < broken.search().find().scale < -3
+
+
+def test_a_prompt_whose_generations_stay_the_same_does_not_hide_the_others() -> None:
+    prompts = Prompts(lambda x: 40 - 6 * x, (math.inf, 0.0, 1.0))
+    best = prompts.search().find()
+    assert best.met
+    assert -0.01 <= boldest(prompts, 3) - best.scale < 2 * NEAR
+    assert prompts.cost <= EVALUATIONS
 
 
 def test_ssim_whose_error_is_quadratic() -> None:
@@ -157,6 +218,7 @@ def test_ssim_whose_error_is_quadratic() -> None:
         ([(0.0, 2.0), (1.0, 1.0)], 2.0),
         ([(0.0, 2.0), (1.0, -2.0)], 0.5),
         ([(0.0, 8.0), (1.0, 2.0), (3.0, -4.0)], 1 + 2 / 3),  # between the two around, not through the steep part
+        ([(0.0, 3.0), (1.0, 2.0), (3.0, -4.0)], 1 + 2 / 3),  # though the other one is nearer
         ([(0.0, 1.0), (1.0, 1.0)], 4.0),  # as flat as is believed
         ([(0.0, 1.0), (0.1, 0.5)], 0.1 + 0.5 / 4.0),  # as steep
         ([(0.0, 1.0), (1.0, 2.0)], 4.0),  # rising is noise
