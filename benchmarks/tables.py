@@ -22,7 +22,7 @@ _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)"
 ATTENTION = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json", "bench-gpu-h100-40x32760.json")
 FORWARD, FORWARD_BEFORE = ("bench-forward-h100.json",), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
-CALIBRATION, CALIBRATION_MASS = "calibration-long-h200.json", "calibration-mass-long-h100.json"
+CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
 MODELS = {
     "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
@@ -125,11 +125,11 @@ def forward(names: Sequence[str] = FORWARD) -> str:
     """Speed-up of one forward of a transformer."""
     measured, about = load_newest(names, "model")
     rows = []
-    for model in dict.fromkeys(row["model"] for row in measured):
-        found = [row for row in measured if row["model"] == model]
+    for model, part in dict.fromkeys((row["model"], row["compiled"]) for row in measured):
+        found = [row for row in measured if (row["model"], row["compiled"]) == (model, part)]
         dense = found[0]["inductor_cudnn_ms"]
         cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
-        rows.append((MODELS[model], str(found[0]["layers"]), found[0]["compiled"], f"{dense:.0f}", *cells))
+        rows.append((MODELS[model], str(found[0]["layers"]), part, f"{dense:.0f}", *cells))
     shares = [percent(row) for row in measured[: len(measured) // len(rows)]]
     header = (
         "model",
