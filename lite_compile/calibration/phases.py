@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -65,6 +66,12 @@ class Phases:
             thresholds, self._budget.metric, self._budget.target, self._budget, errors, densities, path,
             self._attentions / (self._calls * len(self._prompts)), reached,
         )  # fmt: skip
+        if reached is not None and calibration.density < 1 and min(reached.calibration) == math.inf:
+            warnings.warn(
+                "what run() returns under these thresholds is equal to dense generations, though attention was skipped: "
+                "does it return what the model made?",
+                stacklevel=3,
+            )
         if path is not None:
             write_result(calibration, path, fractions, len(self._prompts))
         return replace(calibration, thresholds=replace(thresholds, measured=calibration.step_errors))

@@ -127,6 +127,18 @@ def test_results_that_cannot_be_compared_are_told_at_the_first_generation(
     assert len(runs) == 1
 
 
+def test_a_run_that_does_not_return_what_the_model_made_is_told() -> None:
+    model = tiny_wan(layers=1)
+    call = compiled(model)
+
+    def run() -> Tensor:
+        denoise(call, noise(0), [prompt(0)], STEPS)
+        return noise(1)
+
+    with pytest.warns(UserWarning, match="equal to dense generations, though attention was skipped: does it"):
+        lite_compile.calibrate(model, run, target_psnr=30)
+
+
 def test_scales_that_were_tried_before_a_crash_are_not_tried_again(tmp_path: Path) -> None:
     model = tiny_wan(layers=1)
     call = compiled(model)
