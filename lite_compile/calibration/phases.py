@@ -68,7 +68,7 @@ class Phases:
         )  # fmt: skip
         if reached is not None and calibration.density < 1 and min(reached.calibration) == math.inf:
             warnings.warn(
-                "what run() returns under these thresholds is equal to dense generations, though attention was skipped: "
+                "what run() returns under these thresholds equals dense generations, though attention was skipped: "
                 "does it return what the model made?",
                 stacklevel=3,
             )
