@@ -46,7 +46,11 @@ _signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = 
 
 
 class _Entered(threading.local):
-    """The root whose call this thread began last and has not left; not to be trusted if a hook of another's raised."""
+    """The root whose call this thread began last and has not left.
+
+    Not to be trusted: no hook tells the end of a call that an interrupt broke off, nor of the first one, in the middle
+    of which the hooks were installed.
+    """
 
     root: weakref.ref[Root] | None = None
 
