@@ -254,7 +254,7 @@ class StatefulGraph:
             if not binding.names:
                 warnings.warn(
                     f"liteattention: {type(call.module).__name__} calls a block that is not one of its submodules, "
-                    "whose attention stays dense: its prompt and weights are out of sight. Register what it is a part of.",
+                    "whose attention stays dense: its prompt and weights are out of sight. Register its model.",
                     stacklevel=4,
                 )
         if (
