@@ -46,7 +46,11 @@ _signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = 
 
 
 class _Entered(threading.local):
-    """The root whose call this thread began last and has not left; not to be trusted if a hook of another's raised."""
+    """The root whose call this thread began last and has not left.
+
+    Not to be trusted: no hook tells the end of a call that an interrupt broke off, nor of the first one, in the middle
+    of which the hooks were installed.
+    """
 
     root: weakref.ref[Root] | None = None
 
@@ -344,7 +348,7 @@ def describe_root(found: RootFrame) -> str:
 def full_names(
     module: nn.Module, layers: Sequence[str], paths: Sequence[tuple[str, ...]], weights: Sequence[int | None]
 ) -> list[str]:
-    """Names of layers in `module`, given their names in a part of it.
+    """Names of layers in `module`, given their names in a part of it; none if it does not hold them.
 
     Args:
         paths: attributes that lead from that part to each layer's weight.
@@ -353,6 +357,9 @@ def full_names(
     owned: dict[int | None, str] = {
         id(parameter): name for name, parameter in module.named_parameters(remove_duplicate=False)
     }
+    held = owned.keys() | {id(buffer) for buffer in module.buffers()}
+    if not held.issuperset(weights[: len(layers)]):
+        return []
     names = []
     for layer, path, weight in zip(layers, paths, weights, strict=False):
         parts = owned.get(weight, "").replace("_orig_mod.", "").split(".")

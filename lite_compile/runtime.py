@@ -251,6 +251,16 @@ class StatefulGraph:
             layers = [layer for layer, _ in self._layers]
             binding.move_to(root.clock, full_names(call.module, layers, self._paths, binding.ids()))
             call.root.add_layers(call.module, binding.names)
+            if not binding.names:
+                warnings.warn(
+                    f"liteattention: {type(call.module).__name__} calls a block that is not one of its submodules, "
+                    "whose attention stays dense: its prompt and weights are out of sight. Register its model.",
+                    stacklevel=4,
+                )
+        if (
+            not binding.names
+        ):  # the root calls a block of another model, whose prompt and weights its clock does not see
+            return self._dense
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.
         wanted = self._names, call.override, call.root.layers

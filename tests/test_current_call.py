@@ -127,3 +127,36 @@ def test_threads_follow_their_own_calls() -> None:
     assert found == {"first": root_of(shared), "second": None, "own": root_of(own), "outside": None}
     run(shared)
     assert found["second"] is root_of(shared)
+
+
+def test_calls_that_end_in_another_thread_do_not_hide_the_innermost_root() -> None:
+    other_began, inner_began, other_ended = (threading.Event() for _ in range(3))
+    outer, inner, other = Denoiser(), Denoiser(), Denoiser()
+    for model in (outer, inner, other):
+        run(model)
+    found: list[Root | None] = []
+
+    def work_of_other() -> None:
+        other_began.set()
+        assert inner_began.wait(60)
+
+    def run_other() -> None:
+        run(other)
+        other_ended.set()
+
+    def work_of_inner() -> None:
+        inner_began.set()
+        assert other_ended.wait(60)
+        found.append(here())
+
+    def work_of_outer() -> None:
+        thread = threading.Thread(target=run_other)
+        thread.start()
+        assert other_began.wait(60)
+        run(inner)
+        found.append(here())
+        thread.join()
+
+    outer.work, inner.work, other.work = work_of_outer, work_of_inner, work_of_other
+    run(outer)
+    assert found == [root_of(inner), root_of(outer)]

@@ -150,3 +150,13 @@ def test_graphs_of_one_text_that_are_called_in_turns_follow_their_own_options() 
         found = bindings(model)
         assert len(found) == 3
         assert {binding.thresholds.exact for binding in found} == {frozenset([first])}
+
+
+def test_blocks_that_two_roots_hold_in_another_order_follow_their_names_in_each() -> None:
+    options = {"threshold": {"blocks.0.*": -1.0, "*": -float("inf")}}
+    one, other = compile_blocks(tiny_wan(), **options), tiny_wan()
+    other.blocks = torch.nn.ModuleList(reversed(one.blocks))
+    for model in (one, other, one):
+        denoise(model, noise(0), PROMPTS[:1], 4)
+        sparse = [layer for layer, density in densities(model).items() if density < 1]
+        assert sparse == ["blocks.0.attn1"]

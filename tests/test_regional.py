@@ -327,6 +327,38 @@ def test_a_block_that_is_given_an_embedded_timestep_keeps_no_clock() -> None:
     assert site.reason is lite_compile.Reason.NO_CLOCK
 
 
+@pytest.mark.parametrize("dense_layers", [(0, 0), (1, 0)])
+def test_blocks_of_another_model_do_not_follow_the_clock_of_the_one_that_calls_it(
+    dense_layers: tuple[int, int],
+) -> None:
+    """Nor are they its layers, of which some may be counted."""
+    model, alone = (compile_blocks(tiny_wan(), dense_layers=dense_layers) for _ in range(2))
+    other, exact = compile_blocks(tiny_wan(1), dense_layers=dense_layers), tiny_wan(1)
+    x, y = noise(2), noise(3)
+    results: list[Tensor] = []
+
+    def call_other(*_: Any) -> None:
+        call = {"hidden_states": y, "timestep": torch.tensor([500.0], device=DEVICE)}
+        call |= {"encoder_hidden_states": prompt(2 + len(results)), "return_dict": False}
+        results.append(other(**call)[0])
+        assert distance(results[-1], exact(**call)[0]) < TOLERANCE
+
+    handle = model.proj_out.register_forward_pre_hook(call_other)  # by then the model is a root
+    with pytest.warns(UserWarning, match="WanTransformer3DModel calls a block that is not one of its submodules"):
+        ours = denoise(model, x, PROMPTS[:1], 5)
+    handle.remove()
+    assert len(results) == 5
+    assert root_clock.root_of(other) is None  # or this tests nothing
+    assert all(stream.density == 1 for stream in lite_compile.stats(other).streams)
+    assert torch.equal(ours, denoise(alone, x, PROMPTS[:1], 5))
+    root = root_clock.root_of(model)
+    assert root is not None
+    assert root.layers == ("blocks.0.attn1", "blocks.1.attn1")
+    denoise(other, y, PROMPTS[:1], 5)
+    assert lite_compile.stats(other).density < 1
+    assert {stream.layer for stream in lite_compile.stats(other).streams} == {"blocks.0.attn1", "blocks.1.attn1"}
+
+
 class Masked(nn.Module):
     """Compiles its attention by itself and gives it a mask over keys, bool `[1, 1, 1, S]`, made from the timestep."""
 
