@@ -257,9 +257,7 @@ class StatefulGraph:
                     "whose attention stays dense: its prompt and weights are out of sight. Register its model.",
                     stacklevel=4,
                 )
-        if (
-            not binding.names
-        ):  # the root calls a block of another model, whose prompt and weights its clock does not see
+        if not binding.names:  # a block of another model, whose prompt and weights the clock of this root does not see
             return self._dense
         # The root's hooks have reset the clock if something was set, but not if a model with an override is gone, or if
         # a layer that ran for the first time shows that this one is not the last.
