@@ -16,6 +16,7 @@ from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .dense_layers import DenseLayers
 from .errors import OptionValueError, UnsupportedAttentionError
+from .find_root import describe_root, find_root
 from .options import Options
 from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
@@ -36,7 +37,6 @@ from .passes.protect_positions import protect_positions
 from .passes.record_history import record_history, record_probes
 from .passes.report_attention import report_attention
 from .passes.rewrite_attention import rewrite_attention
-from .root_clock import describe_root, find_root
 from .runtime import StatefulGraph, StateInputs
 from .threshold_table import threshold_table
 

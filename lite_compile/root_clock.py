@@ -1,48 +1,38 @@
 """The step clock of a model whose blocks are compiled one by one, or whose graph breaks: kept by hooks on the model.
 
-The graphs of such a model see neither latents nor timestep, but the call of the model does, and it is a Python frame
-above them: `Module._wrapped_call_impl(self, *args, **kwargs)`. The first compiled block that finds this frame installs
-two hooks on that module, the *root*. From then on each call of the root is known by its frame for as long as it runs,
-and the clock is advanced once per such call, by the first block that asks.
+The first compiled block that finds the call of such a model (find_root.py) installs two hooks on that module, the
+*root*. From then on each call of the root is known by its frame for as long as it runs, and the clock is advanced once
+per such call, by the first block that asks.
 """
 
 from __future__ import annotations
 
-import inspect
 import itertools
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._dynamo import eval_frame
-from torch.utils._pytree import tree_leaves
 
 from .advance_clock import ClockAdvance, ClockRules
 from .clock import RESET, clock_words, identify
+from .find_root import CALL, ClockArguments, find_root, frames, read_arguments
 from .layer_state import versions
 from .module_contents import ModuleContents, module_tensors
 from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
 from .overrides import latest_override, touching_override
 from .passes.find_attention import is_made_up
-from .passes.find_clock_inputs import JOINT_LATENT_NAMES, LATENT_NAMES, TIMESTEP_NAMES
-from .passes.graph_inputs import special_kind
 from .trajectory import UNKNOWN
 
-RootFrame = tuple[nn.Module, FrameType, tuple[Any, ...], dict[str, Any]]
-"""A module, the frame of a call of it, and the arguments of that call."""
-
-_CALL = nn.Module._wrapped_call_impl.__code__
 _numbers = itertools.count(1)
 _lock = threading.RLock()
 _roots: weakref.WeakKeyDictionary[nn.Module, weakref.ref[Root]] = weakref.WeakKeyDictionary()
 """Every module that has had hooks. They own its `Root`, whose running call refers to the module: it goes with it."""
-_signatures: weakref.WeakKeyDictionary[Callable[..., Any], inspect.Signature] = weakref.WeakKeyDictionary()
 
 
 class _Entered(threading.local):
@@ -56,18 +46,6 @@ class _Entered(threading.local):
 
 
 _entered = _Entered()
-
-
-@dataclass(frozen=True)
-class ClockArguments:
-    """What the clock reads of one call of a root module."""
-
-    latents: tuple[Tensor, ...]
-    timestep: Tensor | int | float
-    conditions: tuple[Tensor | int | float, ...]
-    """Everything else that may carry a prompt."""
-    names: tuple[str, str]
-    """Of the arguments that hold latents and timestep."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +74,7 @@ class RootCall:
 
     def is_running(self) -> bool:
         """Whether the call has not returned yet, in whatever thread."""
-        return any(frame is self.frame for frame in _frames(sys._current_frames().get(self.thread)))
+        return any(frame is self.frame for frame in frames(sys._current_frames().get(self.thread)))
 
 
 class RootClock:
@@ -246,8 +224,8 @@ def current_call() -> RootCall | None:
             if above is begun:
                 return call
             above = above.f_back
-    for frame in _frames(sys._getframe(1)):
-        if frame.f_code is _CALL:
+    for frame in frames(sys._getframe(1)):
+        if frame.f_code is CALL:
             root = root_of(frame.f_locals["self"])
             if root is not None and root.call is not None and root.call.frame is frame:
                 return root.call
@@ -262,87 +240,6 @@ def current_call() -> RootCall | None:
         _roots[module] = weakref.ref(root)
         root.enter(module, frame, args, kwargs)  # the hooks missed the beginning of this first call
         return root.call
-
-
-def find_root() -> RootFrame | str:
-    """The innermost module above the running code whose call shows latents and a timestep; or why there is none.
-
-    Innermost, because a module around it may call it several times per call of its own, for guidance; but outside of
-    what is compiled, where hooks would be traced instead of run. Blocks pass embeddings of two dimensions around as
-    `timestep`: a module whose timestep has two, one per token, counts only if no other module calls it.
-    """
-    found: RootFrame | None = None
-    per_token: RootFrame | None = None
-    missing = "no module above the compiled part was called with latents and a timestep by these names"
-    for frame in _frames(sys._getframe(1)):
-        if _enters_compiled_code(frame):
-            found = per_token = None
-        if frame.f_code is not _CALL or found is not None:
-            continue
-        per_token = None
-        module, args, kwargs = (frame.f_locals[name] for name in ("self", "args", "kwargs"))
-        arguments = read_arguments(module, args, kwargs)
-        if isinstance(arguments, str):
-            continue
-        if module._compiled_call_impl is not None:
-            missing = f"{type(module).__name__} was compiled by model.compile(), which hides its calls; "
-            missing += "use torch.compile(model)"
-            continue
-        if isinstance(arguments.timestep, Tensor) and arguments.timestep.dim() > 1:
-            per_token = (module, frame, args, kwargs)
-        else:
-            found = (module, frame, args, kwargs)
-    return found or per_token or missing
-
-
-def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:
-    """Latents, timestep and conditioning among the arguments of a call, by their names; or what is missing."""
-    original = getattr(module, "_orig_mod", module)
-    try:
-        signature = _signature(original.forward)
-        bound = signature.bind(*args, **kwargs).arguments
-    except (TypeError, ValueError):
-        return "the arguments do not fit the signature of forward"
-    named = dict(bound)
-    for name, parameter in signature.parameters.items():
-        if parameter.kind is parameter.VAR_KEYWORD:
-            named.update(named.pop(name, {}))
-    latents = {n: tensors for n, x in named.items() if n in LATENT_NAMES and (tensors := _as_latents(x))}
-    timesteps = {n: x for n, x in named.items() if n in TIMESTEP_NAMES and _is_timestep_like(x)}
-    if not latents or not timesteps:
-        return "no argument is named like latents" if not latents else "no argument is named like a timestep"
-    name = max(latents, key=lambda n: sum(x.numel() for x in latents[n]))
-    time = next(iter(timesteps))
-    joint = {n: tensors for n, x in named.items() if n in JOINT_LATENT_NAMES and (tensors := _as_latents(x))}
-    rest = tree_leaves([value for key, value in named.items() if key not in (name, time, *joint)])
-    conditions = []
-    for leaf in rest:
-        condition = _as_condition(leaf)
-        if condition is None:
-            return f"an argument holds a {type(leaf).__name__}, which the clock cannot watch"
-        conditions.append(condition)
-    all_latents = itertools.chain(latents[name], *joint.values())
-    return ClockArguments(tuple(all_latents), timesteps[time], tuple(conditions), (name, time))
-
-
-def _signature(forward: Callable[..., Any]) -> inspect.Signature:
-    """Signature of a method; of one that is not patched, it is read only once."""
-    if not inspect.ismethod(forward):
-        return inspect.signature(forward)
-    function = forward.__func__
-    if function not in _signatures:
-        _signatures[function] = inspect.signature(forward)
-    return _signatures[function]
-
-
-def describe_root(found: RootFrame) -> str:
-    """One line for the report."""
-    module, _, args, kwargs = found
-    arguments = read_arguments(module, args, kwargs)
-    assert not isinstance(arguments, str)
-    latents, timestep = arguments.names
-    name = type(getattr(module, "_orig_mod", module)).__name__
-    return f"hooks on {name}: latents from {latents!r}, timestep from {timestep!r}"
 
 
 def full_names(
@@ -378,41 +275,6 @@ def dense_now(device: torch.device) -> Tensor:
         return torch.tensor(words, dtype=torch.int32, device=device)
 
 
-def _as_latents(x: object) -> tuple[Tensor, ...]:
-    """The tensors of an argument that holds latents, or a list of them; none if it holds anything else."""
-    tensors = x if isinstance(x, list | tuple) else (x,)
-    return tuple(tensors) if all(map(_is_latent_like, tensors)) else ()
-
-
-def _is_latent_like(x: object) -> bool:
-    if not isinstance(x, Tensor) or special_kind(x) or x.is_meta:
-        return False
-    return x.is_floating_point() and x.dim() >= 3 and x.numel() > 0
-
-
-def _is_timestep_like(x: object) -> bool:
-    if isinstance(x, Tensor):
-        return x.dim() <= 2 and x.numel() > 0 and x.dtype != torch.bool and not x.is_complex() and not x.is_meta
-    return isinstance(x, int | float) and not isinstance(x, bool) and _is_exact(x)
-
-
-def _as_condition(leaf: object) -> Tensor | int | float | None:
-    """A leaf of the arguments as the clock takes it; None for what it cannot compare."""
-    if isinstance(leaf, Tensor):
-        return None if special_kind(leaf) or leaf.is_meta else leaf
-    if isinstance(leaf, int | float) and _is_exact(leaf):
-        return leaf
-    if leaf is None:
-        return 0
-    # Within a process equal values have equal hashes, and the clock does not outlive it.
-    return hash(leaf) % 2**31 if isinstance(leaf, int | str | bytes | torch.dtype | torch.device) else None
-
-
-def _is_exact(number: int | float) -> bool:
-    """Whether float64, in which the clock compares numbers, holds it as it is."""
-    return isinstance(number, float) or abs(number) <= 2**53
-
-
 def _usable(x: Any) -> Any:
     """Tensors made under inference mode cannot be used outside of it as they are."""
     return x.clone() if isinstance(x, Tensor) and x.is_inference() else x
@@ -420,19 +282,7 @@ def _usable(x: Any) -> Any:
 
 def _calling_frame(module: nn.Module) -> FrameType | None:
     """The frame of the call of `module` whose hook is running."""
-    for frame in _frames(sys._getframe(1)):
-        if frame.f_code is _CALL and frame.f_locals["self"] is module:
+    for frame in frames(sys._getframe(1)):
+        if frame.f_code is CALL and frame.f_locals["self"] is module:
             return frame
     return None
-
-
-def _enters_compiled_code(frame: FrameType) -> bool:
-    """Whether this is the frame of Dynamo's that calls what was compiled."""
-    code = frame.f_code
-    return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__
-
-
-def _frames(frame: FrameType | None) -> Iterator[FrameType]:
-    while frame is not None:
-        yield frame
-        frame = frame.f_back

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 import lite_compile
-from lite_compile import root_clock
+from lite_compile import find_root, root_clock
 from lite_compile.advance_clock import ClockRules
 from lite_compile.layer_state import layer_states
 
@@ -278,11 +278,11 @@ def test_latents_in_lists_and_sound_beside_them() -> None:
         def forward(self, x: list[Tensor], t: Tensor, prompts: list[Tensor], audio_latents: Tensor) -> None: ...
 
     x, sound, prompts = [noise(0), noise(1)], noise(2), [prompt(0), prompt(1)]
-    found = root_clock.read_arguments(Model(), (x, 0.5, prompts), {"audio_latents": sound})
-    assert isinstance(found, root_clock.ClockArguments)
+    found = find_root.read_arguments(Model(), (x, 0.5, prompts), {"audio_latents": sound})
+    assert isinstance(found, find_root.ClockArguments)
     assert list(map(id, found.latents)) == list(map(id, [*x, sound]))
     assert list(map(id, found.conditions)) == list(map(id, prompts))
-    mixed = root_clock.read_arguments(Model(), ([noise(0), 3], 0.5, prompts, sound), {})
+    mixed = find_root.read_arguments(Model(), ([noise(0), 3], 0.5, prompts, sound), {})
     assert mixed == "no argument is named like latents"
 
 
