@@ -3,8 +3,9 @@
 `ops.attend_reference` is the specification. A call is four launches: `list_visits` expands the skip bits into a list
 of tiles per program, `queue_programs` says which programs come first (left out where the lists are short), the kernel
 here computes attention over the lists and notes which tiles mattered, and `record_visits` packs the notes into bits.
-Each consumer owns 64 query rows: while one of them is in its softmax, the tensor cores work for the others. The
-producer streams K and V through a ring of two stages in shared memory.
+Each multiprocessor has one worker, which takes one program (a tile of queries of one head) after the other. In it each
+consumer owns 64 query rows: while one of them is in its softmax, the tensor cores work for the others. The producer
+streams K and V through a ring of two stages in shared memory, across the ends of programs.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
 from .gluon_adapter import async_load, async_store
-from .launch import Launch, Launcher, address_of
+from .launch import Launch, Launcher, address_of, multiprocessors
 from .quantize_qk import quantize
 from .scratch import Scratch
 from .tma_blocks import addressable, is_addressable, tma_descriptor
@@ -43,6 +44,14 @@ _TILE_K = gl.constexpr(HOPPER_TILE.k)
 _STAGES = gl.constexpr(2)
 QUEUED_TILES = 64
 """Key tiles from which on programs are queued: with fewer, none lasts long enough to be worth another launch."""
+_PLACES = gl.constexpr(15)
+(
+    _COUNT, _TURN, _ROUND, _BATCH, _HEAD, _START, _ROWS_LEFT, _ORDER, _NOTES, _RAISED, _LSE, _BIAS, _BIASED, _Q_SCALES,
+    _K_SCALES,
+) = (gl.constexpr(place) for place in range(_PLACES.value))  # fmt: skip
+"""Where the producer writes down for the consumers what differs between programs: how many tiles this one visits (-1:
+none is left), how many tiles and how many programs came before it, its batch entry, head and first query, and how many
+queries there are from that on; then addresses."""
 _LN_2, _LOG2_E = gl.constexpr(math.log(2)), gl.constexpr(LOG2_E)
 _LOWEST = gl.constexpr(torch.finfo(torch.float32).min / LOG2_E)
 """Natural units: below it, float32 has no finite value in log2 units."""
@@ -76,28 +85,109 @@ _CONSTRAINTS_32, _CONSTRAINTS_64 = gl.constexpr(_rescale_constraints(32)), gl.co
 
 
 @gluon.jit
-def _produce(
-    descriptors, q_smem, q_full, ring, order, count, batch, head, kv_head, q_start, QK_BITS: gl.constexpr
-):  # fmt: skip
-    """Load Q once, then K and V of the listed tiles, as fast as the consumers free their places."""
-    q_desc, k_desc, v_desc = descriptors
+def _read_queue(counts, queue, ticket):
+    """`(program, count)`: the program of that place in the queue, and how many tiles it visits."""
+    if queue is None:
+        return ticket, gl.load(counts + ticket)
+    else:
+        entry = gl.load(queue + ticket)
+        return (entry >> 32).to(gl.int32), entry.to(gl.int32)
+
+
+@gluon.jit
+def _load_tile(descriptors, ring, turn, batch, kv_head, tile, QK_BITS: gl.constexpr):
+    """Load a tile of K and V, the `turn`th of this multiprocessor, as soon as the consumers have freed its place."""
+    _, k_desc, v_desc = descriptors
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
+    stage = turn % _STAGES
+    phase = (turn // _STAGES) & 1
+    mbarrier.wait(k_empty.index(stage), phase ^ 1)
+    mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
+    async_load(k_desc, [batch, kv_head, tile * _TILE_K, 0], k_full.index(stage), k_smem.index(stage))
+    if QK_BITS == 16:
+        mbarrier.wait(v_empty.index(stage), phase ^ 1)
+    mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
+    async_load(v_desc, [batch, kv_head, tile * _TILE_K, 0], v_full.index(stage), v_smem.index(stage))
+
+
+@gluon.jit
+def _write(task, place: gl.constexpr, value):
+    """For the consumers, by the producer's one warp; an mbarrier tells them."""
+    task.index(place).store(gl.full([1], value.to(gl.int64), gl.int64, gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def _read(task, place: gl.constexpr):
+    """int64: what the producer wrote there."""
+    return gl.max(task.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
+def _produce(
+    descriptors, extras, queries, ring, lists, counts, queue, programs, sizes, heads_per_kv, bias_stride,
+    QK_BITS: gl.constexpr,
+):  # fmt: skip
+    """Take one program after the other off the queue, and load its queries and the listed tiles of K and V.
+
+    Of the next program it loads what it can while the consumers still compute this one, and writes down for them all
+    that differs between programs: registers that held it would be missing in their loop.
+    """
+    q_desc = descriptors[0]
+    q_smem, q_full, q_empty, task = queries
+    orders, notes = lists
+    heads, q_tiles, q_len, k_tiles = sizes
+    lse, key_bias, biased, q_scales, k_scales = extras
+    ticket = gl.program_id(0)
+    turn = ticket * 0
+    round = ticket * 0
+    while ticket < programs:
+        program, count = _read_queue(counts, queue, ticket)
+        ticket = gl.num_programs(0) + gl.atomic_add(counts + programs, 1)
+        row = program // q_tiles
+        batch, head = row // heads, row % heads
+        kv_head = head // heads_per_kv
+        q_start = program % q_tiles * (_CONSUMERS * _ROWS)
+        order = orders + program.to(gl.int64) * k_tiles
+        tile = gl.load(order, mask=count > 0, other=0).to(gl.int32)
+        ahead = gl.minimum(count, 1)
+        for _ in range(ahead):  # a tile before the queries, whose place is freed last
+            _load_tile(descriptors, ring, turn, batch, kv_head, tile, QK_BITS)
+        for i in gl.static_range(_CONSUMERS):
+            mbarrier.wait(q_empty.index(i), (round & 1) ^ 1)
+        _write(task, _COUNT, count)
+        _write(task, _TURN, turn)
+        _write(task, _ROUND, round)
+        _write(task, _BATCH, batch)
+        _write(task, _HEAD, head)
+        _write(task, _START, q_start)
+        _write(task, _ROWS_LEFT, q_len - q_start)
+        _write(task, _ORDER, order - turn)
+        noted = notes + program.to(gl.int64) * (1 + 2 * k_tiles)
+        _write(task, _NOTES, noted)
+        _write(task, _RAISED, noted + 1 + k_tiles)
+        if lse is not None:
+            _write(task, _LSE, lse + row.to(gl.int64) * q_len + q_start)
+        if key_bias is not None:
+            _write(task, _BIAS, key_bias + batch.to(gl.int64) * bias_stride)
+            _write(task, _BIASED, biased + batch * (bias_stride > 0).to(gl.int32) * k_tiles)
+        if QK_BITS == 8:
+            _write(task, _Q_SCALES, q_scales + row * ((q_len + _ROWS - 1) // _ROWS) + q_start // _ROWS)
+            _write(task, _K_SCALES, k_scales + (batch * (heads // heads_per_kv) + kv_head) * k_tiles)
+        for i in gl.static_range(_CONSUMERS):
+            mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
+            async_load(q_desc, [batch, head, q_start + i * _ROWS, 0], q_full.index(i), q_smem.index(i))
+        tile = gl.load(order + 1, mask=count > 1, other=0).to(gl.int32)
+        for n in range(ahead, count):
+            now = tile
+            tile = gl.load(order + n + 1, mask=n + 1 < count, other=0).to(gl.int32)
+            _load_tile(descriptors, ring, turn + n, batch, kv_head, now, QK_BITS)
+        turn += count
+        round += 1
     for i in gl.static_range(_CONSUMERS):
-        mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
-        async_load(q_desc, [batch, head, q_start + i * _ROWS, 0], q_full.index(i), q_smem.index(i))
-    tile = gl.load(order).to(gl.int32)
-    for n in range(count):
-        stage = n % _STAGES
-        phase = (n // _STAGES) & 1
-        k_start = tile * _TILE_K
-        tile = gl.load(order + n + 1, mask=n + 1 < count, other=0).to(gl.int32)
-        mbarrier.wait(k_empty.index(stage), phase ^ 1)
-        mbarrier.expect(k_full.index(stage), k_desc.block_type.nbytes)
-        async_load(k_desc, [batch, kv_head, k_start, 0], k_full.index(stage), k_smem.index(stage))
-        if QK_BITS == 16:
-            mbarrier.wait(v_empty.index(stage), phase ^ 1)
-        mbarrier.expect(v_full.index(stage), v_desc.block_type.nbytes)
-        async_load(v_desc, [batch, kv_head, k_start, 0], v_full.index(stage), v_smem.index(stage))
+        mbarrier.wait(q_empty.index(i), (round & 1) ^ 1)
+    _write(task, _COUNT, ticket * 0 - 1)
+    for i in gl.static_range(_CONSUMERS):
+        mbarrier.arrive(q_full.index(i), count=1)
 
 
 @gluon.jit
@@ -129,19 +219,18 @@ def _load_bias(pointers, inside):
 
 @gluon.jit
 def _consume(
-    INDEX: gl.constexpr, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, threshold,
+    INDEX: gl.constexpr, o_desc, extras, queries, o_smem, turns, ring, lists, k_len, qk_scale, threshold,
     EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
-    """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles.
+    """Attention of `_ROWS` query rows from `INDEX * _ROWS` on, over the listed tiles, of one program after the other.
 
     With q and k in 8 bits the tensor cores are not what takes the time, and consumers that use them at will soon do so
     all at once, and then are in their softmax all at once. So they take turns: PV of a tile and QK^T of the next.
     """
+    q_smem, q_full, q_empty, task = queries
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
-    order, count, notes = lists
-    batch, head, q_start, lse_start = place
-    q_len, k_len, k_tiles = sizes
-    lse, key_bias, biased, q_scales, k_scales = extras
+    orders, all_notes = lists  # of which, as of the next five, only the types are used
+    lse, key_biases, all_biased, all_q_scales, all_k_scales = extras
     DIM: gl.constexpr = v_smem.shape[4]
     QK_DIM: gl.constexpr = q_smem.shape[4]
     IS_INT: gl.constexpr = q_smem.dtype == gl.int8
@@ -153,125 +242,146 @@ def _consume(
     ROW: gl.constexpr = gl.SliceLayout(1, S_LAYOUT)
     O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
 
-    q_row = q_start + INDEX * _ROWS + gl.arange(0, _ROWS, ROW)
-    live = q_row < q_len
+    own_row = INDEX * _ROWS + gl.arange(0, _ROWS, ROW)
     everywhere = gl.zeros([_ROWS], gl.int32, ROW)
     no = gl.zeros([_ROWS], gl.int8, ROW)
     yes = gl.full([_ROWS], 1, gl.int8, ROW)
-    marks = notes + 1
-    running = gl.full([_ROWS], float("-inf"), gl.float32, ROW)
-    argmax_tile = gl.zeros([_ROWS], gl.int32, ROW)
     zeros = gl.zeros([_ROWS, _TILE_K], gl.float32, S_LAYOUT)
     column = gl.arange(0, _TILE_K, gl.SliceLayout(0, S_LAYOUT))
-    total = _sum_own(zeros)
-    OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
-    if BY_MASS:
-        threshold = gl.exp2(threshold) / k_tiles
-    weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
-
-    if QK_BITS == 8:
-        qk_scale *= gl.load(q_scales + INDEX, mask=q_start + INDEX * _ROWS < q_len, other=1.0)
     q_block = q_smem.index(INDEX).reshape([_ROWS, QK_DIM])
-    mbarrier.wait(q_full.index(INDEX), 0)
+    o_block = o_smem.index(INDEX).reshape([_ROWS, DIM])
     my_turn, next_turn = turns.index(INDEX), turns.index((INDEX + 1) % _CONSUMERS)
-    if TURNS:
-        mbarrier.wait(my_turn, FIRST)
-    for n in range(count):
-        stage = n % _STAGES
-        phase = (n // _STAGES) & 1
-        if not TURNS:
-            tile = gl.load(order + n).to(gl.int32)
-        k_block = k_smem.index(stage).reshape([_TILE_K, QK_DIM]).permute((1, 0))
-        factor = qk_scale
-        mbarrier.wait(k_full.index(stage), phase)
-        if IS_INT:
-            offset = gl.full([_ROWS, _TILE_K], _MAGIC_BITS, gl.int32, S_LAYOUT)
-            product = warpgroup_mma(q_block, k_block, offset, is_async=True)
-        else:
-            product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+
+    mbarrier.wait(q_full.index(INDEX), 0)
+    count = _read(task, _COUNT).to(gl.int32)
+    while count >= 0:
+        first = _read(task, _TURN).to(gl.int32)
+        order = _read(task, _ORDER).to(orders.dtype)
+        marks = _read(task, _NOTES).to(all_notes.dtype) + 1
+        live = own_row < _read(task, _ROWS_LEFT).to(gl.int32)
+        running = gl.full([_ROWS], float("-inf"), gl.float32, ROW)
+        argmax_tile = gl.zeros([_ROWS], gl.int32, ROW)
+        total = _sum_own(zeros)
+        OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+        weighted = gl.zeros([_ROWS, DIM], gl.float32, O_LAYOUT)
+        scale = qk_scale
+        if QK_BITS == 8:
+            k_scales = _read(task, _K_SCALES).to(all_k_scales.dtype)
+            inside = _read(task, _ROWS_LEFT).to(gl.int32) > INDEX * _ROWS
+            scale *= gl.load(_read(task, _Q_SCALES).to(all_q_scales.dtype) + INDEX, mask=inside, other=1.0)
+        if HAS_BIAS:
+            key_bias = _read(task, _BIAS).to(key_biases.dtype)
+            biased = _read(task, _BIASED).to(all_biased.dtype)
+        if TURNS:
+            turns_before = _read(task, _ROUND).to(gl.int32)  # one turn more per program than tiles
+            mbarrier.wait(my_turn, ((first + turns_before) & 1) ^ FIRST)
+        for turn in range(first, first + count):
+            stage = turn % _STAGES
+            phase = (turn // _STAGES) & 1
+            if not TURNS:
+                tile = gl.load(order + turn).to(gl.int32)
+            k_block = k_smem.index(stage).reshape([_TILE_K, QK_DIM]).permute((1, 0))
+            factor = scale
+            mbarrier.wait(k_full.index(stage), phase)
+            if IS_INT:
+                offset = gl.full([_ROWS, _TILE_K], _MAGIC_BITS, gl.int32, S_LAYOUT)
+                product = warpgroup_mma(q_block, k_block, offset, is_async=True)
+            else:
+                product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+            if TURNS:
+                mbarrier.arrive(next_turn, count=1)
+                # While the product is computed: what waits for these before it leaves the tensor cores idle.
+                tile = gl.load(order + turn).to(gl.int32)
+                factor = scale * gl.load(k_scales + tile)
+            scores = warpgroup_mma_wait(0, deps=[product])
+            if IS_INT and not AS_BITS:
+                scores = scores.to(gl.float32, bitcast=True) - _MAGIC
+            if QK_BITS == 16:
+                mbarrier.arrive(k_empty.index(stage), count=1)
+            if HAS_BIAS:  # noqa: SIM102, decided when compiling
+                if gl.load(biased + tile) != 0:
+                    left = k_len - tile * _TILE_K
+                    scores = scores * factor + _load_bias(key_bias + tile * _TILE_K + column, column < left)[None, :]
+                    factor /= factor
+            if not EVEN_K:  # noqa: SIM102, decided when compiling
+                if k_len - tile * _TILE_K < _TILE_K:
+                    hidden_score: gl.constexpr = _INFINITY_BITS if AS_BITS else float("-inf")
+                    scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, hidden_score)
+            if AS_BITS:  # integers are in the order of the floats that their bits are: all positive, or -inf
+                tile_max = (gl.max(scores, 1).to(gl.float32, bitcast=True) - _MAGIC) * factor
+                scores = scores.to(gl.float32, bitcast=True)
+            else:
+                tile_max = gl.max(scores, 1) * factor
+            # The difference is NaN while a row has met nothing but -inf.
+            if BY_MASS:
+                hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
+            else:
+                negligible = tile_max - running <= threshold
+            argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
+            raised = gl.maximum(running, tile_max)
+            # A row that has met nothing but -inf has no maximum to subtract.
+            shift = gl.where(raised == float("-inf"), 0.0, raised)
+            decay = gl.exp2(running - shift)
+            running = raised
+            if AS_BITS:
+                shift += factor * _MAGIC
+            weights = gl.exp2(scores * factor - shift[:, None])
+            if BY_MASS:
+                mass = _sum_own(weights)
+                total = total * gl.convert_layout(decay, OWN)[:, None] + mass
+                # One exchange between the threads of a row, instead of one for each of the two sums.
+                negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
+            else:
+                total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
+            weighted = _rescale(weighted, gl.convert_layout(decay, O_ROW))
+            weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+            mbarrier.wait(v_full.index(stage), phase)
+            if TURNS:
+                mbarrier.wait(my_turn, ((turn + turns_before + 1) & 1) ^ FIRST)
+            v_block = v_smem.index(stage).reshape([_TILE_K, DIM])
+            product = warpgroup_mma(weights, v_block, weighted, is_async=True)
+            # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
+            gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
+            weighted = warpgroup_mma_wait(0, deps=[product])
+            mbarrier.arrive(v_empty.index(stage) if QK_BITS == 16 else k_empty.index(stage), count=1)
+
+        notes = _read(task, _NOTES).to(all_notes.dtype)
+        batch, head = _read(task, _BATCH).to(gl.int32), _read(task, _HEAD).to(gl.int32)
+        q_start = _read(task, _START).to(gl.int32)
+        raised_at = _read(task, _RAISED).to(all_notes.dtype) + argmax_tile
+        live = own_row < _read(task, _ROWS_LEFT).to(gl.int32)
+        next_round = _read(task, _ROUND).to(gl.int32) + 1
+        if HAS_LSE:
+            lse_rows = _read(task, _LSE).to(lse.dtype) + own_row
+        mbarrier.arrive(q_empty.index(INDEX), count=1)
         if TURNS:
             mbarrier.arrive(next_turn, count=1)
-            # While the product is computed: what waits for these before it leaves the tensor cores idle.
-            tile = gl.load(order + n).to(gl.int32)
-            factor = qk_scale * gl.load(k_scales + tile)
-        scores = warpgroup_mma_wait(0, deps=[product])
-        if IS_INT and not AS_BITS:
-            scores = scores.to(gl.float32, bitcast=True) - _MAGIC
-        if QK_BITS == 16:
-            mbarrier.arrive(k_empty.index(stage), count=1)
-        if HAS_BIAS:  # noqa: SIM102, decided when compiling
-            if gl.load(biased + tile) != 0:
-                left = k_len - tile * _TILE_K
-                scores = scores * factor + _load_bias(key_bias + tile * _TILE_K + column, column < left)[None, :]
-                factor /= factor
-        if not EVEN_K:  # noqa: SIM102, decided when compiling
-            if k_len - tile * _TILE_K < _TILE_K:
-                hidden_score: gl.constexpr = _INFINITY_BITS if AS_BITS else float("-inf")
-                scores = gl.where((column < k_len - tile * _TILE_K)[None, :], scores, hidden_score)
-        if AS_BITS:  # integers are in the order of the floats that their bits are: all positive, or -inf
-            tile_max = (gl.max(scores, 1).to(gl.float32, bitcast=True) - _MAGIC) * factor
-            scores = scores.to(gl.float32, bitcast=True)
-        else:
-            tile_max = gl.max(scores, 1) * factor
-        # The difference is NaN while a row has met nothing but -inf.
-        if BY_MASS:
-            hidden = gl.where(tile_max - running == float("-inf"), 1.0, 0.0)
-        else:
-            negligible = tile_max - running <= threshold
-        argmax_tile = gl.where(tile_max > running, tile, argmax_tile)
-        raised = gl.maximum(running, tile_max)
-        # A row that has met nothing but -inf has no maximum to subtract.
-        shift = gl.where(raised == float("-inf"), 0.0, raised)
-        decay = gl.exp2(running - shift)
-        running = raised
-        if AS_BITS:
-            shift += factor * _MAGIC
-        weights = gl.exp2(scores * factor - shift[:, None])
-        if BY_MASS:
-            mass = _sum_own(weights)
-            total = total * gl.convert_layout(decay, OWN)[:, None] + mass
-            # One exchange between the threads of a row, instead of one for each of the two sums.
-            negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
-        else:
-            total = total * gl.convert_layout(decay, OWN)[:, None] + _sum_own(weights)
-        weighted = _rescale(weighted, gl.convert_layout(decay, O_ROW))
-        weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-        mbarrier.wait(v_full.index(stage), phase)
-        if TURNS:
-            mbarrier.wait(my_turn, ((n + 1) & 1) ^ FIRST)
-        v_block = v_smem.index(stage).reshape([_TILE_K, DIM])
-        product = warpgroup_mma(weights, v_block, weighted, is_async=True)
-        # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
-        gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
-        weighted = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(v_empty.index(stage) if QK_BITS == 16 else k_empty.index(stage), count=1)
-
-    if TURNS:
-        mbarrier.arrive(next_turn, count=1)
-    sums = gl.convert_layout(gl.sum(total, 1), ROW)
-    inverse = 1.0 / gl.where(sums == 0, 1.0, sums)
-    weighted = weighted * gl.convert_layout(inverse, O_ROW)[:, None]
-    o_smem.index(INDEX).reshape([_ROWS, DIM]).store(weighted.to(o_smem.dtype))
-    fence_async_shared()
-    async_store(o_desc, [batch, head, q_start + INDEX * _ROWS, 0], o_smem.index(INDEX))
-    if HAS_LSE:
-        gl.store(lse + lse_start + q_row, (running + gl.log2(sums)) * _LN_2, mask=live)
-    gl.store(notes + everywhere, yes, mask=live & (sums != sums))
-    gl.store(marks + k_tiles + argmax_tile, yes, mask=live)
+        sums = gl.convert_layout(gl.sum(total, 1), ROW)
+        inverse = 1.0 / gl.where(sums == 0, 1.0, sums)
+        weighted = weighted * gl.convert_layout(inverse, O_ROW)[:, None]
+        tma.store_wait(0)  # of the program before
+        o_block.store(weighted.to(o_smem.dtype))
+        fence_async_shared()
+        async_store(o_desc, [batch, head, q_start + INDEX * _ROWS, 0], o_smem.index(INDEX))
+        if HAS_LSE:
+            gl.store(lse_rows, (running + gl.log2(sums)) * _LN_2, mask=live)
+        gl.store(notes + everywhere, yes, mask=live & (sums != sums))
+        gl.store(raised_at, yes, mask=live)
+        mbarrier.wait(q_full.index(INDEX), next_round & 1)
+        count = _read(task, _COUNT).to(gl.int32)
     tma.store_wait(0)
 
 
 @gluon.jit(
-    do_not_specialize=["heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles", "bias_stride"],
+    do_not_specialize=["programs", "heads", "heads_per_kv", "q_len", "k_len", "q_tiles", "k_tiles", "bias_stride"],
     do_not_specialize_on_alignment=["lse", "key_bias", "threshold"],
 )
 def _attend_kernel(
-    q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, queue,
-    heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
+    q_desc, k_desc, v_desc, o_desc, lse, key_bias, biased, q_scales, k_scales, order, notes, counts, queue,
+    programs, heads, heads_per_kv, q_len, k_len, q_tiles, k_tiles, bias_stride, qk_scale, threshold,
     EVEN_K: gl.constexpr, HAS_LSE: gl.constexpr, HAS_BIAS: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
-    QUEUED: gl.constexpr,
 ):  # fmt: skip
-    """One tile of queries of one head.
+    """Tiles of queries, one per program: `programs` in all, which as many workers as run at once take off a queue.
 
     Args:
         q_desc, k_desc, v_desc, o_desc: TMA descriptors of `[B, H, S, D]` for blocks of one consumer's rows (q, o) or of
@@ -279,36 +389,22 @@ def _attend_kernel(
         q_scales, k_scales: float32 `[B, H, ceil(Sq / _ROWS)]`, `[B, Hkv, k_tiles]` if q and k have 8 bits, else None.
         biased: as `flag_biased` wrote it; None without a bias.
         order, notes: as `list_visits` wrote them.
-        queue: as `queue_programs` wrote it; unless QUEUED, what it makes it from.
+        counts: as `list_visits` wrote them.
+        queue: as `queue_programs` wrote it; None unless QUEUED.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
-    entry = gl.load(queue + gl.program_id(0))
-    program, count = gl.program_id(0), entry
-    if QUEUED:
-        program, count = (entry >> 32).to(gl.int32), entry.to(gl.int32)
-    head = program // q_tiles % heads
-    batch = program // q_tiles // heads
-    q_start = program % q_tiles * (_CONSUMERS * _ROWS)
-    lse_start = (program // q_tiles).to(gl.int64) * q_len
-    kv_head = head // heads_per_kv
     limit = gl.load(threshold)
     limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
-    order += program.to(gl.int64) * k_tiles
-    notes += program.to(gl.int64) * (1 + 2 * k_tiles)
-    if HAS_BIAS:
-        key_bias += batch.to(gl.int64) * bias_stride
-        biased += batch * (bias_stride > 0).to(gl.int32) * k_tiles
-    if QK_BITS == 8:
-        q_scales += (program // q_tiles) * ((q_len + _ROWS - 1) // _ROWS) + q_start // _ROWS
-        k_scales += (batch * (heads // heads_per_kv) + kv_head) * k_tiles
+    if BY_MASS:
+        limit = gl.exp2(limit) / k_tiles
 
     q_smem = gl.allocate_shared_memory(q_desc.dtype, [_CONSUMERS] + q_desc.block_shape, q_desc.layout)
     k_smem = gl.allocate_shared_memory(k_desc.dtype, [_STAGES] + k_desc.block_shape, k_desc.layout)
     v_smem = gl.allocate_shared_memory(v_desc.dtype, [_STAGES] + v_desc.block_shape, v_desc.layout)
-    o_smem = q_smem  # each consumer has read its queries before it writes
-    if QK_BITS == 8:
-        o_smem = gl.allocate_shared_memory(o_desc.dtype, [_CONSUMERS] + o_desc.block_shape, o_desc.layout)
+    o_smem = gl.allocate_shared_memory(o_desc.dtype, [_CONSUMERS] + o_desc.block_shape, o_desc.layout)
+    task = gl.allocate_shared_memory(gl.int64, [_PLACES, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     q_full = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     k_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     v_full = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
     k_empty = gl.allocate_shared_memory(gl.int64, [_STAGES, 1], mbarrier.MBarrierLayout())
@@ -316,6 +412,7 @@ def _attend_kernel(
     turns = gl.allocate_shared_memory(gl.int64, [_CONSUMERS, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_CONSUMERS):
         mbarrier.init(q_full.index(i), count=1)
+        mbarrier.init(q_empty.index(i), count=1)
         mbarrier.init(turns.index(i), count=1)
     for i in gl.static_range(_STAGES):
         mbarrier.init(k_full.index(i), count=1)
@@ -324,31 +421,32 @@ def _attend_kernel(
         mbarrier.init(v_empty.index(i), count=_CONSUMERS)
     fence_async_shared()
 
+    queries = (q_smem, q_full, q_empty, task)
     ring = (k_smem, v_smem, k_full, v_full, k_empty, v_empty)
-    lists = (order, count, notes)
-    place = (batch, head, q_start, lse_start)
-    sizes = (q_len, k_len, k_tiles)
+    lists = (order, notes)
+    sizes = (heads, q_tiles, q_len, k_tiles)
     extras = (lse, key_bias, biased, q_scales, k_scales)
     gl.warp_specialize(
         [
             (
                 _consume,
-                (0, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                (0, o_desc, extras, queries, o_smem, turns, ring, lists, k_len, qk_scale, limit,
                  EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
-                (1, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                (1, o_desc, extras, queries, o_smem, turns, ring, lists, k_len, qk_scale, limit,
                  EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _consume,
-                (2, o_desc, extras, q_smem, o_smem, q_full, turns, ring, lists, place, sizes, qk_scale, limit,
+                (2, o_desc, extras, queries, o_smem, turns, ring, lists, k_len, qk_scale, limit,
                  EVEN_K, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
             ),
             (
                 _produce,
-                ((q_desc, k_desc, v_desc), q_smem, q_full, ring, order, count, batch, head, kv_head, q_start, QK_BITS),
+                ((q_desc, k_desc, v_desc), extras, queries, ring, lists, counts, queue, programs, sizes, heads_per_kv,
+                 bias_stride, QK_BITS),
             ),
         ],
         [4, 4, 1],
@@ -372,7 +470,7 @@ class _Plan(NamedTuple):
     sizes: tuple[int, ...]
     """`visit_lists.SIZES`."""
     lengths: tuple[int, ...]
-    """`_attend_kernel`'s, from `heads` to `bias_stride`."""
+    """`_attend_kernel`'s, from `programs` to `bias_stride`."""
     list_visits: Launch
     queue_programs: Launch | None
     """None: programs run in the order of their numbers."""
@@ -402,7 +500,7 @@ def _plan(
     queued = k_tiles >= QUEUED_TILES
     index = torch.int16 if k_tiles < 2**15 else torch.int32
     scratch = Scratch.of(
-        ((programs, k_tiles), index), ((programs,), torch.int32), ((programs, 1 + 2 * k_tiles), torch.int8),
+        ((programs, k_tiles), index), ((programs + 1,), torch.int32), ((programs, 1 + 2 * k_tiles), torch.int8),
         ((programs if queued else 0,), torch.int64), ((bias_rows or 0, k_tiles), torch.int8),
     )  # fmt: skip
     sizes = (
@@ -410,18 +508,18 @@ def _plan(
         *range_arguments(protected),
     )  # fmt: skip
     bias_stride = 0 if bias_rows in (None, 1) else k_len
-    lengths = (heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles, bias_stride)
+    lengths = (programs, heads, heads // kv_heads, q_len, k_len, q_tiles, k_tiles, bias_stride)
     tiles: dict[str, Any] = {"TILE_Q": HOPPER_TILE.q, "TILE_K": HOPPER_TILE.k, "HAS_KINDS": has_kinds}
     constants = {
         "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
-        "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass", "QUEUED": queued,
+        "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
     }  # fmt: skip
     return _Plan(
         programs, q_tiles, k_tiles, scratch, sizes, lengths,
         _list_visits.variant(device, index, tiles, num_warps=2),
         _queue_programs.variant(device, None, {}, num_warps=4) if queued else None,
         _flag_biased.variant(device, None, {"TILE_K": HOPPER_TILE.k}, num_warps=1),
-        _attend.variant(device, (dtype, head_dim <= 64, index, qk_dtype), constants, num_warps=4),
+        _attend.variant(device, (dtype, head_dim <= 64, index, qk_dtype, queued), constants, num_warps=4),
         _record_visits.variant(device, None, tiles, num_warps=2),
     )  # fmt: skip
 
@@ -471,15 +569,13 @@ def attend_hopper(
             tma_descriptor(x, rows) for x, rows in ((q, _ROWS.value), (k, tile.k), (v, tile.k), (out, _ROWS.value))
         ]
         plan.list_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, order, counts, notes, *plan.sizes))
-        if plan.queue_programs is None:
-            queue = counts
-        else:
+        if plan.queue_programs is not None:
             plan.queue_programs((plan.programs // plan.q_tiles, 1, 1), (counts, queue, plan.q_tiles))
         plan.attend(
-            (plan.programs, 1, 1),
+            (min(plan.programs, multiprocessors(q.get_device())), 1, 1),
             (
                 *blocks, lse_at, key_bias, None if key_bias is None else biased, q_scales, k_scales,
-                order, notes, queue, *plan.lengths, scale * LOG2_E, limit_at,
+                order, notes, counts, None if plan.queue_programs is None else queue, *plan.lengths, scale * LOG2_E, limit_at,
             ),
         )  # fmt: skip
         plan.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))

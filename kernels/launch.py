@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from triton import knobs
 from triton.runtime import driver
@@ -18,6 +20,12 @@ def kinds(arguments: Sequence[int]) -> tuple[Hashable, ...]:
 def address_of(x: Tensor | None) -> int | None:
     """What a compiled kernel takes in place of a tensor. It spares the launch asking for it, and asking the driver."""
     return None if x is None else x.data_ptr()
+
+
+@functools.cache
+def multiprocessors(device: int) -> int:
+    """How many multiprocessors the CUDA device of that index has."""
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 class Launch:

@@ -132,7 +132,7 @@ def list_visits(
     Args:
         key_tiles: int8 `[k_tiles]`, kinds of tiles as `ops.attend_reference` has them; None if not `HAS_KINDS`.
         order: int16 or int32 `[programs, k_tiles]`.
-        counts: int32 `[programs]`.
+        counts: int32 `[programs + 1]`; last a 0, for an attention kernel to count the programs that it has begun.
         notes: int8 `[programs, 1 + 2 * k_tiles]`: 0, a 1 for each key tile, a 0 for each key tile.
     """
     protected = (start_0, end_0, start_1, end_1, start_2, end_2, start_3, end_3)
@@ -158,6 +158,7 @@ def list_visits(
         HAS_KINDS,
     )
     tl.store(counts + program, count)
+    tl.store(counts + tl.num_programs(0), 0, mask=program == 0)
     for start in range(0, 1 + 2 * k_tiles, BLOCK):
         place = start + tl.arange(0, BLOCK)
         marked = (place > 0) & (place <= k_tiles)

@@ -46,7 +46,7 @@ def attend(
     q_tiles, k_tiles = tile_count(q.shape[2], TILE.q), tile_count(k.shape[2], TILE.k)
     layout, programs = row_layout(k_tiles), q.shape[0] * q.shape[1] * q_tiles
     order = torch.full((programs, k_tiles), -1, dtype=torch.int16)
-    counts = torch.full((programs,), -1, dtype=torch.int32)
+    counts = torch.full((programs + 1,), -1, dtype=torch.int32)
     notes = torch.full((programs, 1 + 2 * k_tiles), 77, dtype=torch.int8)
     sizes = (
         state.shape[0], q.shape[2], k.shape[2], q_tiles, k_tiles, layout.words, layout.anchor_words,
@@ -54,6 +54,7 @@ def attend(
     )  # fmt: skip
     tiles = {"TILE_Q": TILE.q, "TILE_K": TILE.k, "HAS_KINDS": kinds is not None}
     list_visits[(programs,)](state, now, kinds, order, counts, notes, *sizes, **tiles)
+    assert counts[programs] == 0
     take_notes(q, k, order, counts, notes)
     record_visits[(programs,)](state, now, kinds, counts, notes, *sizes, **tiles)
     return order
