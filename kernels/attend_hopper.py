@@ -575,7 +575,8 @@ def attend_hopper(
             (min(plan.programs, multiprocessors(q.get_device())), 1, 1),
             (
                 *blocks, lse_at, key_bias, None if key_bias is None else biased, q_scales, k_scales,
-                order, notes, counts, None if plan.queue_programs is None else queue, *plan.lengths, scale * LOG2_E, limit_at,
+                order, notes, counts, None if plan.queue_programs is None else queue, *plan.lengths, scale * LOG2_E,
+                limit_at,
             ),
         )  # fmt: skip
         plan.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))
