@@ -19,7 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION = ("bench-gpu-h200-75600-4096.json", "bench-gpu-h200.json", "bench-gpu-h100-40x32760.json")
+ATTENTION = ("bench-gpu-h100.json",)
 FORWARD, FORWARD_BEFORE = ("bench-forward-h100.json",), ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
