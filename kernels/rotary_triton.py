@@ -78,13 +78,13 @@ def plan_launch(
     blocks = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     per_batch = tuple(0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     arguments = (
-        x, weight, cos, sin, out, tokens, eps, x.stride(0), x.stride(1), per_batch[0], cos.stride(1), cos.stride(3),
-        per_batch[1], sin.stride(1), sin.stride(3),
+        x, weight, cos, sin, out, tokens, eps, x.stride(0), x.stride(1), per_batch[0], cos.stride(1), cos.stride(-1),
+        per_batch[1], sin.stride(1), sin.stride(-1),
     )  # fmt: skip
     constants = {
         "HEADS": heads, "DIM": dim, "BLOCK_HEADS": blocks[0], "BLOCK_DIM": blocks[1],
         "PER_HEAD": per_head, "HAS_WEIGHT": weight is not None,
-        "PER_PAIR": bool(cos.shape[3] == dim // 2),
+        "PER_PAIR": bool(cos.shape[-1] == dim // 2),
         "num_warps": min(max(blocks[0] * blocks[1] // _ELEMENTS_PER_WARP, 1), 16),
     }  # fmt: skip
     return (batch * tokens,), arguments, constants

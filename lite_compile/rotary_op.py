@@ -23,7 +23,8 @@ def normalize_rotate(x: Tensor, weight: Tensor | None, eps: float, per_head: boo
         x: `[B, S, H, D]`, float16, bfloat16 or float32, D even.
         weight: `[D]` with `per_head`, else `[H * D]`, dense.
         per_head: whether the mean square is one head's, or the token's.
-        cos, sin: float32 `[1 or B, S, 1, D]`, or `[1 or B, S, 1, D / 2]`: what the two elements of a pair share.
+        cos, sin: float32 `[1 or B, S, 1, D]`, or `[1 or B, S, 1, D / 2]`: what the two elements of a pair share. The
+            third dimension may be missing.
 
     Returns:
         `[B, S, H, D]`, dense.
@@ -43,6 +44,8 @@ def normalize_rotate_cpu(
     """The specification of the kernel."""
     tokens = x if per_head else x.flatten(2)
     y = torch.rms_norm(tokens, tokens.shape[-1:], weight, eps).view(x.shape).float()
+    if cos.dim() == 3:
+        cos, sin = cos.unsqueeze(2), sin.unsqueeze(2)
     if cos.shape[3] != x.shape[3]:
         cos, sin = (table.repeat_interleave(2, -1) for table in (cos, sin))
     even, odd = y[..., 0::2], y[..., 1::2]

@@ -8,6 +8,7 @@ from torch import fx
 from .graph_inputs import fake_tensor, is_below
 from .match_rotary import Rotary, match_rotary
 from .planned_nodes import emit, plan
+from .share_tables import SharedTables
 
 LEAST_ELEMENTS = 1 << 24
 """From how many elements of q on the op pays: below, one launch more per layer costs more than memory traffic does."""
@@ -26,6 +27,7 @@ def fuse_rotary(gm: fx.GraphModule, device: torch.device, least_elements: int | 
     from ..kernels.rotary_triton import is_supported
 
     least = LEAST_ELEMENTS if least_elements is None else least_elements
+    tables = SharedTables(gm.graph)
     fused = 0
     for norm in list(gm.graph.nodes):
         found = match_rotary(norm)
@@ -33,7 +35,7 @@ def fuse_rotary(gm: fx.GraphModule, device: torch.device, least_elements: int | 
         if found is None or x is None or x.device != device or is_below(x.numel(), least):
             continue
         if is_supported(*map(int, x.shape[2:])):  # which are known
-            _replace(gm.graph, found)
+            _replace(gm.graph, found._replace(cos=tables.share(found.cos), sin=tables.share(found.sin)))
             fused += 1
     return fused
 

@@ -31,8 +31,8 @@ class Rotary(NamedTuple):
     eps: float | torch.SymFloat
     """A symbol where `dynamic=True` made one of it."""
     per_head: bool
-    cos: Operand
-    sin: Operand
+    cos: fx.Node
+    sin: fx.Node
 
 
 def match_rotary(norm: fx.Node) -> Rotary | None:
@@ -101,10 +101,7 @@ def _checked(found: Rotary, y: fx.Node) -> Rotary | None:
     if any(not _serves(table, out, dim) for table in (cos, sin)) or not _is(cos.shape[-1], sin.shape[-1]):
         return None
     given = found.x if x.dim() == 4 else plan("unflatten", found.x, -1, (heads, dim))
-    found = found._replace(x=given, per_head=x.dim() == 4)
-    if out.dim() == 4:
-        return found
-    return found._replace(cos=plan("unsqueeze", found.cos, 2), sin=plan("unsqueeze", found.sin, 2))
+    return found._replace(x=given, per_head=x.dim() == 4)
 
 
 def _is(size: int | torch.SymInt, wanted: int | torch.SymInt) -> bool:

@@ -203,6 +203,51 @@ def test_the_layout_of_the_graph_stays() -> None:
     assert_fused(spelled, x, weight, *tables(1, TOKENS, HEADS * DIM))
 
 
+def computed(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Tables that the graph makes."""
+    return angles.cos(), angles.sin()
+
+
+def twice(rotate: Rotate, cos: Tensor, sin: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    return over_tokens(rotate)(x, weight, cos, sin) + over_tokens(rotate)(2 * x, weight, cos, sin)
+
+
+def test_tables_that_the_graph_computes_are_laid_out_once() -> None:
+    def spelled(x: Tensor, weight: Tensor, angles: Tensor) -> Tensor:
+        return twice(written, *computed(angles), x, weight)
+
+    x, weight, angles, _ = arguments(torch.bfloat16)
+    outcome = run_fused(spelled, x, weight, angles)
+    assert outcome.fused == 2
+    assert outcome.code.count(".contiguous(") == 2
+    assert_same(outcome.result, spelled(x, weight, angles))
+
+
+def test_tables_that_lie_in_memory_are_read_where_they_are() -> None:
+    def spelled(x: Tensor, weight: Tensor, cos: Tensor, angles: Tensor) -> Tensor:
+        return twice(written, cos, angles.sin()[..., :DIM], x, weight) + twice(added, *computed(angles), x, weight)
+
+    x, weight, cos, angles = arguments(torch.bfloat16)
+    outcome = run_fused(spelled, x, weight, cos, angles)
+    assert outcome.fused == 4
+    assert outcome.code.count(".contiguous(") == 1  # of the sines of the first two: all others are inputs, or dense
+    assert_same(outcome.result, spelled(x, weight, cos, angles))
+
+
+def test_tables_that_are_written_to_are_not_shared() -> None:
+    def spelled(x: Tensor, weight: Tensor, angles: Tensor) -> Tensor:
+        cos, sin = computed(angles)
+        first = over_tokens(written)(x, weight, cos, sin)
+        cos[..., :1].mul_(2)
+        return first + over_tokens(written)(x, weight, cos, sin)
+
+    x, weight, angles, _ = arguments(torch.bfloat16)
+    outcome = run_fused(spelled, x, weight, angles)
+    assert outcome.fused == 2
+    assert outcome.code.count(".contiguous(") == 1
+    assert_same(outcome.result, spelled(x, weight, angles))
+
+
 @pytest.mark.parametrize("least", [BATCH * TOKENS * HEADS * DIM, BATCH * TOKENS * HEADS * DIM + 1])
 def test_small_ones_stay(least: int) -> None:
     gm = capture(over_tokens(written), *arguments())
@@ -245,6 +290,8 @@ def test_models_of_diffusers(make: Callable[[], tuple[nn.Module, dict[str, Any]]
         expected = model(**given, return_dict=False)[0]
     outcome = run_fused(model, **given, return_dict=False, dynamic=dynamic)
     assert outcome.fused == 4
+    # One is Wan's own; the others are its tables, for both blocks.
+    assert outcome.code.count(".contiguous(") == (3 if make is tiny_wan else 0)
     assert torch.equal(outcome.result[0], expected)
 
 
