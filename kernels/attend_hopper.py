@@ -516,11 +516,11 @@ def _plan(
     }  # fmt: skip
     return _Plan(
         programs, q_tiles, k_tiles, scratch, sizes, lengths,
-        _list_visits.variant(device, index, tiles, num_warps=2),
-        _queue_programs.variant(device, None, {}, num_warps=4) if queued else None,
+        _list_visits.variant(device, index, tiles, num_warps=1),
+        _queue_programs.variant(device, None, {}, num_warps=8) if queued else None,
         _flag_biased.variant(device, None, {"TILE_K": HOPPER_TILE.k}, num_warps=1),
         _attend.variant(device, (dtype, head_dim <= 64, index, qk_dtype, queued), constants, num_warps=4),
-        _record_visits.variant(device, None, tiles, num_warps=2),
+        _record_visits.variant(device, None, tiles, num_warps=1),
     )  # fmt: skip
 
 

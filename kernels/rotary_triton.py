@@ -13,7 +13,7 @@ from torch import Tensor
 
 MAX_ELEMENTS = 1 << 14
 """Most elements of a token, padded to powers of two: they stay in registers between the norm and the rotation."""
-_ELEMENTS_PER_WARP = 1024
+_ELEMENTS_PER_WARP = 2048
 
 
 @triton.jit
