@@ -388,9 +388,8 @@ def _attend_kernel(
             one key tile (k, v); what lies outside of the tensor reads as zeros and is not written.
         q_scales, k_scales: float32 `[B, H, ceil(Sq / _ROWS)]`, `[B, Hkv, k_tiles]` if q and k have 8 bits, else None.
         biased: as `flag_biased` wrote it; None without a bias.
-        order, notes: as `list_visits` wrote them.
-        counts: as `list_visits` wrote them.
-        queue: as `queue_programs` wrote it; None unless QUEUED.
+        order, notes, counts: as `list_visits` wrote them.
+        queue: as `queue_programs` wrote it; None: programs run in the order of their numbers.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
     limit = gl.load(threshold)

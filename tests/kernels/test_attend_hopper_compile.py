@@ -68,7 +68,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         (BF16, 128, torch.int8, {}, 192),
         (BF16, 128, torch.float8_e4m3fn, {"EVEN_K": True}, 192),
         (BF16, 128, torch.int8, {"HAS_BIAS": True}, None),
-        (FP16, 64, torch.float8_e4m3fn, {}, 32),
+        (FP16, 64, torch.float8_e4m3fn, {}, 16),
     ],
     ids=str,
 )

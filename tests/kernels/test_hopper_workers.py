@@ -1,0 +1,107 @@
+"""The protocol of the Hopper kernel's partitions, on a machine that runs its source at speeds chosen by chance."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from gluon_machine import Machine
+from gluon_memory import Descriptor, Pointer, block
+
+from lite_compile.kernels import attend_hopper
+from lite_compile.ops import LOG2_E
+from lite_compile.skip_state import tile_count
+
+TILE = attend_hopper.HOPPER_TILE
+BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN, DIM = 2, 2, 1, 250, 300, 64
+Q_TILES, K_TILES = tile_count(Q_LEN, TILE.q), tile_count(K_LEN, TILE.k)
+PROGRAMS = BATCH * HEADS * Q_TILES
+ROWS = 64
+"""Queries that share a scale."""
+
+
+def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) -> None:
+    """Run the kernel over rows with 0 to all of their tiles; compare results and notes with float64."""
+    torch.manual_seed(seed)
+    q, k, v = (
+        torch.randn(BATCH, heads, length, DIM, dtype=torch.float16)
+        for heads, length in ((HEADS, Q_LEN), (KV_HEADS, K_LEN), (KV_HEADS, K_LEN))
+    )
+    q_scales = k_scales = None
+    q_scale, k_scale = torch.ones(BATCH, HEADS, Q_LEN, 1), torch.ones(BATCH, KV_HEADS, K_LEN, 1)
+    if qk.itemsize == 1:
+        q, k = ((x * 20).round().to(qk) for x in (q, k))
+        q_scales = torch.rand(BATCH, HEADS, tile_count(Q_LEN, ROWS)) / 30
+        k_scales = torch.rand(BATCH, KV_HEADS, K_TILES) / 30
+        q_scale = q_scales.repeat_interleave(ROWS, 2)[:, :, :Q_LEN, None]
+        k_scale = k_scales.repeat_interleave(TILE.k, 2)[:, :, :K_LEN, None]
+    key_bias = torch.randn(BATCH, K_LEN) if biased else None
+    out, lse = (
+        torch.full((BATCH, HEADS, Q_LEN, DIM), 77.0, dtype=torch.float16),
+        torch.full((BATCH, HEADS, Q_LEN), 77.0),
+    )
+
+    order = torch.rand(PROGRAMS, K_TILES).argsort(1).to(torch.int16)
+    counts = torch.cat([torch.randint(0, K_TILES + 1, (PROGRAMS,)), torch.zeros(1, dtype=torch.int64)]).int()
+    visited = torch.zeros(PROGRAMS, K_TILES, dtype=torch.bool)
+    for program, count in enumerate(counts[:-1]):
+        visited[program, order[program, :count].long()] = True
+        order[program, count:] = 9999
+    notes = torch.tensor([0, *[1] * K_TILES, *[0] * K_TILES], dtype=torch.int8).repeat(PROGRAMS, 1)
+    places = torch.randperm(PROGRAMS)
+    queue = (places << 32) | counts[:-1][places].long() if queued else None
+
+    def at(x: torch.Tensor | None) -> Pointer | None:
+        return None if x is None else Pointer(x)
+
+    blocks = [Descriptor(x, rows, DIM) for x, rows in ((q, ROWS), (k, TILE.k), (v, TILE.k), (out, ROWS))]
+    flags = torch.ones(BATCH, K_TILES, dtype=torch.int8) if biased else None
+    lengths = (PROGRAMS, HEADS, HEADS // KV_HEADS, Q_LEN, K_LEN, Q_TILES, K_TILES, K_LEN if biased else 0)
+    scale, threshold = DIM**-0.5, torch.tensor(-math.inf)
+    Machine(seed).run(
+        attend_hopper._attend_kernel, workers,
+        [
+            *blocks, *map(at, (lse, key_bias, flags, q_scales, k_scales, order, notes, counts, queue)),
+            *map(block, lengths), scale * LOG2_E, Pointer(threshold),
+            K_LEN % TILE.k == 0, True, biased, 8 * qk.itemsize, False,
+        ],
+    )  # fmt: skip
+
+    given: list[Any] = [q.double() * q_scale, k.double() * k_scale, v.double()]
+    q64, k64, v64 = (x.repeat_interleave(HEADS // x.shape[1], 1) for x in given)
+    scores = q64 @ k64.mT * scale + (0.0 if key_bias is None else key_bias.double()[:, None, None])
+    for program in range(PROGRAMS):
+        (b, h), start = divmod(program // Q_TILES, HEADS), program % Q_TILES * TILE.q
+        rows = slice(start, start + TILE.q)
+        keep = visited[program].repeat_interleave(TILE.k)[:K_LEN]
+        kept = scores[b, h, rows].masked_fill(~keep, -math.inf)
+        expected = kept.softmax(-1).nan_to_num(0.0) @ v64[b, h]
+        assert (out[b, h, rows].double() - expected).norm() <= 2e-3 * expected.norm()
+        # In 8 bits the kernel counts on fused multiply-add, which the machine has not.
+        assert torch.allclose(lse[b, h, rows].double(), kept.logsumexp(-1), rtol=0, atol=1e-3)
+        raised = torch.zeros(K_TILES, dtype=torch.int8)
+        raised[kept.argmax(-1) // TILE.k] = 1  # a row that has met nothing counts for tile 0
+        assert notes[program].tolist() == [0, *(~visited[program]).int().tolist(), *raised.tolist()]
+    assert int(counts[-1]) == PROGRAMS  # with each that it begins a worker asks for the next
+
+
+@pytest.mark.parametrize("qk", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize(("queued", "biased"), [(True, False), (False, True)], ids=["queued", "biased"])
+@pytest.mark.parametrize("workers", [1, 3, 8])
+def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, queued: bool, biased: bool) -> None:
+    """Of eight tiles of queries, whose rows visit none, some or all of their tiles."""
+    assert workers <= PROGRAMS == 8
+    for seed in range(4):
+        run(workers, seed, qk, queued, biased)
+
+
+def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here a consumer overwrites its results, or ends, before they have left."""
+    monkeypatch.setattr(Machine, "_stored", lambda machine: lambda: True)
+    with pytest.raises(AssertionError, match=r"written while it is read|ended before"):
+        run(1, 0, torch.float16, True, False)
