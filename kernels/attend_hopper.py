@@ -95,6 +95,12 @@ def _read_queue(counts, queue, ticket):
 
 
 @gluon.jit
+def _take(counts, programs):
+    """The next place in the queue, or one past its end."""
+    return gl.num_programs(0) + gl.atomic_add(counts + programs, 1)
+
+
+@gluon.jit
 def _load_tile(descriptors, ring, turn, batch, kv_head, tile, QK_BITS: gl.constexpr):
     """Load a tile of K and V, the `turn`th of this multiprocessor, as soon as the consumers have freed its place."""
     _, k_desc, v_desc = descriptors
@@ -142,13 +148,15 @@ def _produce(
     round = ticket * 0
     while ticket < programs:
         program, count = _read_queue(counts, queue, ticket)
-        ticket = gl.num_programs(0) + gl.atomic_add(counts + programs, 1)
         row = program // q_tiles
         batch, head = row // heads, row % heads
         kv_head = head // heads_per_kv
         q_start = program % q_tiles * (_CONSUMERS * _ROWS)
         order = orders + program.to(gl.int64) * k_tiles
         tile = gl.load(order, mask=count > 0, other=0).to(gl.int32)
+        # The next program is taken as late as its loads allow: who takes it while this one is long makes it wait.
+        if count <= 1:
+            ticket = _take(counts, programs)
         ahead = gl.minimum(count, 1)
         for _ in range(ahead):  # a tile before the queries, whose place is freed last
             _load_tile(descriptors, ring, turn, batch, kv_head, tile, QK_BITS)
@@ -181,6 +189,8 @@ def _produce(
             now = tile
             tile = gl.load(order + n + 1, mask=n + 1 < count, other=0).to(gl.int32)
             _load_tile(descriptors, ring, turn + n, batch, kv_head, now, QK_BITS)
+            if n + 1 == count:
+                ticket = _take(counts, programs)
         turn += count
         round += 1
     for i in gl.static_range(_CONSUMERS):
