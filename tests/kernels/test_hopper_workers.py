@@ -103,6 +103,10 @@ def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, queued: b
 def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     """Here a consumer overwrites its results, or ends, before they have left; at some speeds nobody would see."""
     monkeypatch.setattr(Machine, "_stored", lambda machine: lambda: True)
-    with pytest.raises(AssertionError, match=r"written while it is read|ended before"):
+
+    def run_often() -> None:
         for seed in range(8):
             run(1, seed, torch.float16, True, False)
+
+    with pytest.raises(AssertionError, match=r"written while it is read|ended before"):
+        run_often()
