@@ -30,8 +30,6 @@ class RootContents:
         """Whether the last call kept to the order until its end."""
         self._doubted = False
         """Whether the root was called since that call began, and nobody followed."""
-        self._changed = False
-        """Whether something was found to have changed in the middle of it."""
         self._last: list[tuple[int, int]] = []
         """The order of the last call that was completed, if that is not the one that is known."""
         # Of the running call.
@@ -61,7 +59,7 @@ class RootContents:
         self._in_order = self._doubted = False
         self._counts, self.usable, self._looked_through = counts, True, rest is None
         self._awaited, self._place, self._ran = ((END,), 0, []) if order is None else (order.steps, 0, None)
-        if not self._changed and (rest or self._all).unchanged():
+        if (rest or self._all).unchanged():
             return False
         self._start_over()
         return True
@@ -77,8 +75,8 @@ class RootContents:
     def note(self, graph: int, whole: bool, binding: Binding) -> bool:
         """A block runs that was not expected; whether anything is found to have changed.
 
-        What the blocks were to check is looked through the first time. If it changed after some of them had run, masks
-        are not `usable` for the rest of the call, and the next one begins as after a change.
+        Everything is looked through the first time, unless it was when the call began. If it changed after some blocks
+        had run, masks are not `usable` for the rest of the call.
         """
         changed, step = False, running_step(graph, whole, binding)
         if self._ran is None:
@@ -91,7 +89,7 @@ class RootContents:
 
     def end(self) -> None:
         """The call is over, and was not broken off."""
-        if not self._counts or not self.usable:
+        if not self._counts:
             return
         if self._ran is None and self._awaited[self._place] is END:
             self._in_order, self._last = True, []
@@ -116,14 +114,14 @@ class RootContents:
         self._start_over()
         # Unless it is the first block that runs, and only what blocks check changed, old and new have met in this call.
         if not begins or not step.is_of(order.steps[0]) or not order.rest.unchanged():
-            self.usable, self._changed = False, True
+            self.usable = False
         return True
 
     def _start_over(self) -> None:
         module = self._module()
         assert module is not None  # it is being called
         self._all = ModuleContents(module)
-        self._changed, self._looked_through, self._last = False, True, []
+        self._looked_through, self._last = True, []
         if self._ran is None:
             self._awaited, self._place, self._ran = (END,), 0, []
         self._forget_order()

@@ -6,12 +6,13 @@ import gc
 import threading
 import weakref
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 from block_models import BLOCKS, Block, Blocks, Run, compile_block, compiled_blocks, contents_of
-from graphs import DIM
+from graphs import DIM, Attention
 from models import DEVICE, DTYPE, OPTIONS, denoise, noise, prompt, tiny_wan
 from torch import Tensor, nn
 
@@ -40,6 +41,20 @@ def looked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
         return unchanged(contents)
 
     monkeypatch.setattr(ModuleContents, "unchanged", count)
+    return counts
+
+
+@pytest.fixture
+def judged(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Of how many blocks it was asked what they check, each time that it was."""
+    counts: list[int] = []
+    find = block_order.checked_parts
+
+    def count(module: nn.Module, steps: Any) -> list[nn.Module]:
+        counts.append(len(steps))
+        return find(module, steps)
+
+    monkeypatch.setattr(block_order, "checked_parts", count)
     return counts
 
 
@@ -88,30 +103,22 @@ def test_the_order_is_known_after_two_completed_calls_that_had_it(looked: list[i
     assert looked[-1] == 4
 
 
-def test_calls_in_turns_of_two_orders_are_not_learnt_anew_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-    find = block_order.checked_parts
-
-    def count(module: nn.Module, steps: Any) -> list[nn.Module]:
-        asked.append(len(steps))
-        return find(module, steps)
-
-    monkeypatch.setattr(block_order, "checked_parts", count)
+def test_calls_in_turns_of_two_orders_are_not_learnt_anew_each_time(judged: list[int]) -> None:
     model = compiled_blocks()
     run = Run(model)
     for step in range(10):
         model.order = [0, 1, 2, 3] if step % 2 else [0, 1, 3]
         run.step()
-    assert asked == []
+    assert judged == []
     model.order = [0, 1, 2, 3]
     for _ in range(3):
         run.step()
-    assert asked == [4]
+    assert judged == [4]
     for step in range(10):
         model.order = [0, 1, 2, 3] if step % 3 else [0, 1, 3]
         uses = run.step()
         assert uses.count(True) >= 3
-    assert asked == [4]  # two in a row of the order that is known already
+    assert judged == [4]  # two in a row of the order that is known already
 
 
 CHANGES: dict[str, tuple[Callable[[Blocks], object], list[bool], list[bool]]] = {
@@ -316,27 +323,55 @@ def test_a_part_with_a_tensor_that_the_graph_does_not_take_is_looked_at() -> Non
 
 
 class Broken(Block):
-    """Its graph breaks after attention, and what follows uses a module of the part that the first graph takes whole."""
+    """Its graph breaks beside attention, and the other graph uses a module of the part that this one takes whole."""
 
-    def __init__(self) -> None:
+    def __init__(self, attention_first: bool) -> None:
         super().__init__()
-        self.attn.act = nn.SiLU()
+        self.attn.act, self.attention_first = nn.SiLU(), attention_first
 
     def forward(self, x: Tensor) -> Tensor:
-        a = self.attn(x)
+        a = self.attn(x) if self.attention_first else self.attn.act(x)
         torch._dynamo.graph_break()
-        return x + self.out(self.attn.act(a))
+        return x + self.out(self.attn.act(a) if self.attention_first else self.attn(a))
 
 
-def test_blocks_whose_graphs_break_are_looked_through() -> None:
+@pytest.mark.parametrize("attention_first", [True, False])
+def test_blocks_whose_graphs_break_are_looked_through(attention_first: bool, judged: list[int]) -> None:
     """A graph that is not all of a forward does not guard what the rest of it uses."""
-    model = compiled_blocks(Broken)
+    model = compiled_blocks(partial(Broken, attention_first))
     run = Run(model)
-    for _ in range(5):
+    for _ in range(6):
         uses = run.step()
     assert uses == ALL
     assert contents_of(model)._order is None
+    assert judged == [4]  # once
     model.blocks[2].attn.act = nn.GELU()
+    assert run.step() == NONE
+
+
+class Growing(nn.Module):
+    """Its graph ends with attention, and something that is no graph may follow."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.attn, self.more = Attention(), False
+        self.attn.act = nn.SiLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x)
+        if self.more:
+            torch._dynamo.graph_break()
+            x = self.attn.act(x)
+        return x
+
+
+def test_another_graph_of_the_same_text_is_out_of_order() -> None:
+    model, run = in_order(Growing)
+    assert checked(model) == {f"blocks.{n}" for n in range(BLOCKS)}
+    for block in model.blocks:
+        block.more = True
+    assert run.step() == ALL
+    model.blocks[1].attn.act = nn.GELU()
     assert run.step() == NONE
 
 
@@ -443,6 +478,31 @@ def test_a_first_block_that_ran_uncompiled_before_it_changed_leaves_no_mask() ->
     assert run.step() == NONE[1:]
     assert run.step() == NONE
     assert run.step() == ALL
+
+
+def test_a_block_that_changes_and_runs_again_in_one_call_ends_the_use_of_masks() -> None:
+    model, run = in_order()
+
+    def act() -> None:
+        write(model.blocks[0].out)
+        model.before.clear()
+
+    model.order, model.before[2] = [0, 1, 0, 2, 3], act
+    assert run.step() == [True, True, False, False, False]
+    model.order = [0, 1, 2, 3]
+    assert run.step() == NONE
+    assert run.step() == ALL
+
+
+def test_what_changes_in_the_call_from_which_the_order_is_learnt_is_noticed() -> None:
+    model = compiled_blocks()
+    run = Run(model)
+    for _ in range(2):
+        run.step()
+    model.before[4] = lambda: write(model.head)
+    assert run.step() == ALL
+    model.before.clear()
+    assert run.step() == NONE
 
 
 def test_a_root_that_calls_itself_is_not_followed() -> None:
