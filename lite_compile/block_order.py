@@ -22,55 +22,50 @@ _TORCH = (eval_frame.__file__, CALL.co_filename)
 """Files whose code stands between a compiled forward and the call of its module."""
 
 
-@dataclass(frozen=True, slots=True)
-class Step:
-    """A block that ran in a call of the root. It keeps nothing alive."""
-
-    graph: int
-    binding: int
-    """Numbers that no other graph or binding ever has."""
-    found: weakref.ref[Binding] | None = None
-    owner: weakref.ref[nn.Module] | None = None
-    """The module whose call it was."""
-    whole: bool = False
-    """Whether its graph is all that the forward of that module does."""
-
-    def is_of(self, other: Step) -> bool:
-        """Whether this was a call of the same module."""
-        if self.owner is None or other.owner is None:
-            return False
-        owner = self.owner()
-        return owner is not None and owner is other.owner()
-
-
-END = Step(0, 0)
+Ran = tuple[int, int]
+"""A block that ran: the numbers of its graph and of its binding, which no other ones ever have."""
+END: Ran = (0, 0)
 """What comes after the last block."""
 
 
-def keys(steps: Sequence[Step]) -> list[tuple[int, int]]:
-    """What makes an order the same as another."""
-    return [(step.graph, step.binding) for step in steps]
+@dataclass(frozen=True, slots=True)
+class Step:
+    """What a block that runs checks. It keeps nothing alive."""
+
+    binding: weakref.ref[Binding]
+    owner: weakref.ref[nn.Module] | None
+    """The module whose call it is."""
+    whole: bool
+    """Whether its graph is all that the forward of that module does."""
 
 
 class BlockOrder:
     """Blocks that run one after the other, and all that a root holds but for what they check themselves."""
 
-    def __init__(self, steps: Sequence[Step], rest: ModuleContents) -> None:
-        self.steps = (*steps, END)
+    def __init__(self, blocks: Sequence[Ran], steps: Sequence[Step], rest: ModuleContents) -> None:
+        self.blocks = (*blocks, END)
         self.rest = rest
         self.gone = False
         """Whether a binding is gone, so that its block has another one, which may check less."""
+        self._first = steps[0].owner
         forget = partial(_forget, weakref.ref(self))
-        bindings = [None if step.found is None else step.found() for step in steps]
+        bindings = [step.binding() for step in steps]
         self._watches = [weakref.ref(binding, forget) for binding in bindings if binding is not None]
         if len(self._watches) < len(steps):
             self.gone = True
 
+    def begins_with(self, step: Step) -> bool:
+        """Whether that is a call of the module whose call is the first one."""
+        if self._first is None or step.owner is None:
+            return False
+        owner = step.owner()
+        return owner is not None and owner is self._first()
 
-def learn_order(module: nn.Module, steps: Sequence[Step]) -> BlockOrder | None:
+
+def learn_order(module: nn.Module, blocks: Sequence[Ran], steps: Sequence[Step]) -> BlockOrder | None:
     """The order of these blocks in `module`; None if they check no part of it."""
     checked = checked_parts(module, steps)
-    return BlockOrder(steps, ModuleContents(module, checked)) if checked else None
+    return BlockOrder(blocks, steps, ModuleContents(module, checked)) if checked else None
 
 
 def checked_parts(module: nn.Module, steps: Sequence[Step]) -> list[nn.Module]:
@@ -87,7 +82,7 @@ def checked_parts(module: nn.Module, steps: Sequence[Step]) -> list[nn.Module]:
     taken: dict[nn.Module, set[int | None]] = {}
     for step in steps:
         owner = None if step.owner is None else step.owner()
-        binding = None if step.found is None else step.found()
+        binding = step.binding()
         if owner is not None and binding is not None and owner not in in_pieces:
             taken.setdefault(owner, set(binding.ids()))
 
@@ -119,12 +114,11 @@ def _tensors(part: nn.Module) -> Iterator[Tensor]:
         yield from (x for x in held.values() if x is not None)
 
 
-def running_step(graph: int, whole: bool, binding: Binding) -> Step:
+def running_step(whole: bool, binding: Binding) -> Step:
     """The block that is running.
 
     Args:
-        graph: number of its graph.
-        whole: whether the graph is all that the compiled function does.
+        whole: whether its graph is all that the compiled function does.
         binding: what it was found to be.
     """
     inside: list[CodeType] = []
@@ -133,13 +127,13 @@ def running_step(graph: int, whole: bool, binding: Binding) -> Step:
         if frame.f_code is CALL:
             owner = frame.f_locals["self"]
             whole = whole and len(inside) == 1 and _place_of(inside[0]) == _place_of(_forward_code(owner))
-            return Step(graph, binding.number, weakref.ref(binding), weakref.ref(owner), whole)
-        ours = frame.f_globals.get("__name__", "").partition(".")[0] == __package__
+            return Step(weakref.ref(binding), weakref.ref(owner), whole)
+        ours = str(frame.f_globals.get("__name__")).partition(".")[0] == __package__
         if enters_compiled_code(frame):
             compiled = False
         elif compiled and not ours and frame.f_code.co_filename not in _TORCH:
             inside.append(frame.f_code)
-    return Step(graph, binding.number, weakref.ref(binding))
+    return Step(weakref.ref(binding), None, False)
 
 
 def _forward_code(module: nn.Module) -> CodeType | None:
