@@ -82,11 +82,12 @@ def main() -> None:
                 if repeat >= 0:
                     for part in PARTS:
                         samples[name, part].append(1e6 * spent[part])
-    print("\n| | us per block | us outside of blocks | of that, contents | us for the clock |\n|---|---|---|---|---|")
+    print("\n| | us per block | us outside of blocks | of that, contents | us for the clock | us per forward |")
+    print("|---|---|---|---|---|---|")
     for name in models:
         forward, blocks, clock = (samples[name, part] for part in ("forward", "blocks", "clock"))
         outside = [all_of_it - b - c for all_of_it, b, c in zip(forward, blocks, clock, strict=True)]
-        columns = [b / BLOCKS for b in blocks], outside, samples[name, "contents"], clock
+        columns = [b / BLOCKS for b in blocks], outside, samples[name, "contents"], clock, forward
         print(f"| {name} | " + " | ".join(f"{min(x):.0f} ({sorted(x)[len(x) // 2]:.0f})" for x in columns) + " |")
     print("\nfastest (median)")
 

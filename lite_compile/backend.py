@@ -136,7 +136,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     state = StateInputs(
         tuple(layers), settings.max_streams, device, source, words, settings.names, settings.thresholds,
         settings.dense_steps, refresh_every, dense_layers, settings.ranges, settings.history, settings.probe,
-        tuple(masks), settings.criterion,
+        tuple(masks), settings.criterion, is_whole(gm),
     )  # fmt: skip
     return graph, state, report
 
@@ -164,6 +164,12 @@ def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[C
     if active_generation(map(id, real_parameters(graph.graph))) is not None:
         return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
     return None, "; ".join(filter(None, (inputs, root)))
+
+
+def is_whole(gm: fx.GraphModule) -> bool:
+    """Whether the graph ends where the compiled function returns. (What a break left to another graph begins late.)"""
+    reason = getattr(gm, "compile_subgraph_reason", None)
+    return reason is not None and not reason.graph_break
 
 
 def compile_inner(gm: fx.GraphModule, example_inputs: Sequence[Any], settings: Options) -> Callable[..., Any]:

@@ -54,7 +54,7 @@ def find_root() -> RootFrame | str:
     per_token: RootFrame | None = None
     missing = "no module above the compiled part was called with latents and a timestep by these names"
     for frame in frames(sys._getframe(1)):
-        if _enters_compiled_code(frame):
+        if enters_compiled_code(frame):
             found = per_token = None
         if frame.f_code is not CALL or found is not None:
             continue
@@ -159,7 +159,7 @@ def _is_exact(number: int | float) -> bool:
     return isinstance(number, float) or abs(number) <= 2**53
 
 
-def _enters_compiled_code(frame: FrameType) -> bool:
+def enters_compiled_code(frame: FrameType) -> bool:
     """Whether this is the frame of Dynamo's that calls what was compiled."""
     code = frame.f_code
     return code.co_name == "compile_wrapper" and code.co_filename == eval_frame.__file__

@@ -28,6 +28,8 @@ from .options import LayerNames
 from .overrides import RangesInForce, ThresholdsInForce, check_lengths, combine_ranges, overrides_of
 from .skip_state import TileShape
 
+_numbers = itertools.count(1)
+
 MAX_SHAPES = 8
 """Input shapes for which a model keeps states; beyond that the least recently used is dropped."""
 
@@ -72,6 +74,8 @@ class Binding:
     """Clock and skip states of one model under one graph text."""
 
     def __init__(self, graph_key: Hashable, tensors: Sequence[Tensor], words: int, device: torch.device) -> None:
+        self.number = next(_numbers)
+        """No other binding's, ever."""
         self._graph_key = graph_key
         self._ids = [id(tensor) for tensor in tensors]  # good for as long as none of them is gone
         expire = partial(_expire, weakref.ref(self))

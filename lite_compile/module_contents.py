@@ -1,11 +1,11 @@
-"""Whether a module still consists of the parameters and buffers that it had, as they were. Asked once per call."""
+"""Whether a module still consists of the parameters and buffers that it had, as they were."""
 
 from __future__ import annotations
 
 import itertools
 import operator
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -20,12 +20,15 @@ _contents = operator.attrgetter("_parameters", "_buffers", "_modules")
 class ModuleContents:
     """The parameters, buffers and submodules of a module and of all modules in it, none of which it keeps alive."""
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, without: Sequence[nn.Module] = ()) -> None:
+        """Of the parts `without`, it counts only that they are where they were, not what is in them."""
         self._gone = False
         """Whether one of them is gone: its id may come back as another one's."""
         forget = partial(_forget, weakref.ref(self))
-        modules = list(module.modules())
+        left_out = {part for whole in without for part in whole.modules()}
+        modules = [part for part in module.modules() if part not in left_out]
         self._modules = [weakref.ref(part, forget) for part in modules]
+        self._without = [weakref.ref(part, forget) for part in without]
         entries = _read(modules)
         self._entries = list(map(id, entries))
         places = [place for place, x in enumerate(entries) if isinstance(x, Tensor)]

@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from .advance_clock import ClockAdvance, ClockRules
 from .clock import RESET, clock_words, identify
 from .find_root import CALL, ClockArguments, find_root, frames, read_arguments
-from .layer_state import versions
-from .module_contents import ModuleContents, module_tensors
+from .layer_state import Binding, versions
+from .module_contents import module_tensors
 from .ops import NOW_FRACTION, NOW_SLOT, NOW_WORDS
 from .overrides import latest_override, touching_override
 from .passes.find_attention import is_made_up
+from .root_contents import RootContents
 from .trajectory import UNKNOWN
 
 _numbers = itertools.count(1)
@@ -122,7 +123,7 @@ class Root:
         self.call: RootCall | None = None
         self.layers: tuple[str, ...] = ()
         """Names of the rewritten layers that have run so far, in the order in which the module holds them."""
-        self._contents = ModuleContents(module)
+        self._contents = RootContents(module)
         module.register_forward_pre_hook(_EnterHook(self), with_kwargs=True)
         module.register_forward_hook(_LeaveHook(self), always_call=True)
 
@@ -137,7 +138,10 @@ class Root:
         """A call begins. If another thread is in the middle of one, the new one goes without a clock."""
         with _lock:
             running = self.call
-            if running is not None and running.thread != threading.get_ident() and running.is_running():
+            if running is not None and not running.is_running():
+                running = None
+            if running is not None and running.thread != threading.get_ident():
+                self._contents.doubt()
                 return
             found = read_arguments(module, args, kwargs)
             override, before = latest_override(), self._override
@@ -147,12 +151,26 @@ class Root:
             else:
                 self.call = RootCall(self, frame, threading.get_ident(), found, override, _entered.root)
                 _entered.root = weakref.ref(self)
-            changed = not self._contents.unchanged()  # a LoRA, a prompt in a buffer
-            if changed:
-                self._contents = ModuleContents(module)
+            changed = self._contents.begin(counts=running is None)  # a LoRA, a prompt in a buffer
             if changed or (override != before and touching_override(module_tensors(module)) > before):
-                for clock in self._clocks.values():
-                    clock.clock[RESET].fill_(1)
+                self._void()
+
+    def follow(self, graph: int, whole: bool, binding: Binding) -> bool:
+        """A block of the running call runs; whether it may use its masks.
+
+        Args:
+            graph: a number that no other graph has.
+            whole: whether the graph is all that the compiled function does.
+        """
+        contents = self._contents
+        if not contents.expects(graph, binding) and contents.note(graph, whole, binding):
+            self._void()
+        return contents.usable
+
+    def _void(self) -> None:
+        """Let each clock begin a generation when it is advanced next."""
+        for clock in self._clocks.values():
+            clock.clock[RESET].fill_(1)
 
     def add_layers(self, module: nn.Module, names: Sequence[str]) -> None:
         """Let `layers` have these names as well."""
@@ -173,6 +191,8 @@ class Root:
             if self.call is not None and self.call.frame is frame:
                 _entered.root = self.call.outer
                 self.call = None
+                if sys.exc_info()[0] is None:
+                    self._contents.end()
 
 
 class _Hook:

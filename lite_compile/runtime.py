@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import operator
 import warnings
 from collections.abc import Callable, Sequence
@@ -34,6 +35,7 @@ from .threshold_table import empty_table
 from .trajectory import DenseSteps
 
 Size = int | torch.SymInt
+_numbers = itertools.count(1)
 MAX_REWRITES, MAX_FRESH = 16, 512
 """So many calls in a row without any mask to use are no coincidence; one graph may serve a hundred blocks."""
 
@@ -136,6 +138,8 @@ class StateInputs:
     masks: tuple[fx.Node, ...] = ()
     """Inputs that the masks of the layers are made from, if nothing tells that they stay as they are."""
     criterion: str = "max"
+    whole: bool = False
+    """Whether the graph is all that the compiled function does: no break ends it."""
 
 
 class StatefulGraph:
@@ -144,6 +148,7 @@ class StatefulGraph:
     def __init__(self, compiled: Callable[..., Any], graph: fx.Graph, state: StateInputs) -> None:
         inputs = placeholders(graph)
         position = {node: index for index, node in enumerate(inputs)}
+        self._number, self._whole = next(_numbers), state.whole
         self._compiled = compiled
         # What the text does not show: a mask made under one threshold is not used under another.
         self._key = (
@@ -244,7 +249,7 @@ class StatefulGraph:
         call = current_call()
         if self._ranges.any and self._follow_ranges(binding, latest_override() if call is None else call.override):
             binding.void()
-        if call is None:
+        if call is None or not call.root.follow(self._number, self._whole, binding):
             return self._dense
         root = call.clock(self._clock_rules)
         if binding.clock is not root.clock:

@@ -65,6 +65,25 @@ def test_tensors_that_come_back_at_the_same_address_are_others() -> None:
         assert not contents.unchanged()
 
 
+@pytest.mark.parametrize(("name", "change"), CHANGES.items(), ids=CHANGES.keys())
+def test_of_parts_that_are_left_out_only_their_places_count(name: str, change: Callable[[Model], object]) -> None:
+    model = Model()
+    contents = ModuleContents(model, list(model.blocks))
+    change(model)
+    inside = {"written", "parameter replaced", "parameter gone", "first buffer of a module"}
+    inside |= {"first submodule of a module", "submodule replaced"}
+    assert contents.unchanged() == (name in inside)
+
+
+def test_parts_that_are_left_out_are_not_mistaken_for_others_at_their_address() -> None:
+    model = nn.Sequential(nn.SiLU())
+    for _ in range(20):
+        contents = ModuleContents(model, [model[0]])
+        model._modules.clear()
+        model._modules["0"] = nn.SiLU()
+        assert not contents.unchanged()
+
+
 def test_nothing_is_kept_alive() -> None:
     model = Model()
     contents = ModuleContents(model)
