@@ -76,7 +76,8 @@ class RootContents:
 
     def expects(self, graph: int, binding: Binding) -> bool:
         """Whether this is the block that has to be next, which has checked itself; if so, another one is next."""
-        if self._awaited[self._place] != (graph, binding.number):
+        # A binding that went since the call began may have been that of a block that ran out of sight, and had changed.
+        if self._awaited[self._place] != (graph, binding.number) or (self._order is not None and self._order.gone):
             return False
         self._place += 1
         return True

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import sympy
 import torch
 from torch import fx
-from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
@@ -36,7 +36,15 @@ def fake_tensor(node: object) -> torch.Tensor | None:
 
 def storages(node: Operand) -> set[int]:
     """What memory the results of a node lie in; views lie in that of their base."""
-    return {x.untyped_storage()._cdata for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor)}
+    tensors = (x for x in tree_leaves(fake_value(node)) if isinstance(x, torch.Tensor))
+    return {_without_transforms(x).untyped_storage()._cdata for x in tensors}
+
+
+def _without_transforms(x: torch.Tensor) -> torch.Tensor:
+    """What the transforms of torch.func, such as vmap, have wrapped."""
+    while is_functorch_wrapped_tensor(x):
+        x = get_unwrapped(x)
+    return x
 
 
 def fake_mode(gm: fx.GraphModule) -> FakeTensorMode:

@@ -577,6 +577,27 @@ def test_two_roots_that_share_blocks() -> None:
     assert run.step() == NONE  # though block 3 was found as it is now by the other root
 
 
+def test_a_changed_block_that_another_root_runs_in_the_middle_of_a_call_ends_the_use_of_masks() -> None:
+    model, run = in_order()
+    other = Blocks().to(DEVICE, DTYPE).eval()
+    other.blocks[0] = model.blocks[3]
+    second = Run(other, 1)
+    second.step()  # from now on it has hooks of its own
+    for _ in range(4):
+        run.step()
+    assert contents_of(model)._in_order
+
+    def act() -> None:
+        model.before.clear()
+        second.step()
+
+    model.before[1] = act
+    write(model.blocks[3].out)
+    assert run.step() == [True, False, *NONE[1:]]  # block 0, block 3 for the other root, and blocks 1 to 3
+    assert run.step() == NONE
+    assert run.step() == ALL
+
+
 def test_nothing_is_kept_alive() -> None:
     model, run = in_order()
     order = contents_of(model)._order
