@@ -214,15 +214,21 @@ def twice(rotate: Rotate, cos: Tensor, sin: Tensor, x: Tensor, weight: Tensor) -
     return over_tokens(rotate)(x, weight, cos, sin) + over_tokens(rotate)(2 * x, weight, cos, sin)
 
 
+def assert_laid_out(function: Callable[..., Any], *args: Any, fused: int, copies: int) -> None:
+    """That so many rotations were fused, that so many tables were laid out for them, and what comes out."""
+    outcome = run_fused(function, *args)
+    assert outcome.fused == fused
+    assert outcome.guards == 0
+    assert outcome.code.count(LAID_OUT) == copies
+    assert_same(outcome.result, function(*args))
+
+
 def test_tables_that_the_graph_computes_are_laid_out_once() -> None:
     def spelled(x: Tensor, weight: Tensor, angles: Tensor) -> Tensor:
         return twice(written, *computed(angles), x, weight)
 
     x, weight, angles, _ = arguments(torch.bfloat16)
-    outcome = run_fused(spelled, x, weight, angles)
-    assert outcome.fused == 2
-    assert outcome.code.count(LAID_OUT) == 2
-    assert_same(outcome.result, spelled(x, weight, angles))
+    assert_laid_out(spelled, x, weight, angles, fused=2, copies=2)
 
 
 def test_tables_that_lie_in_memory_are_read_where_they_are() -> None:
@@ -230,10 +236,8 @@ def test_tables_that_lie_in_memory_are_read_where_they_are() -> None:
         return twice(written, cos, angles.sin()[..., :DIM], x, weight) + twice(added, *computed(angles), x, weight)
 
     x, weight, cos, angles = arguments(torch.bfloat16)
-    outcome = run_fused(spelled, x, weight, cos, angles)
-    assert outcome.fused == 4
-    assert outcome.code.count(LAID_OUT) == 1  # of the sines of the first two: all others are inputs, or dense
-    assert_same(outcome.result, spelled(x, weight, cos, angles))
+    # The copy is of the sines of the first two: all others are inputs, or dense.
+    assert_laid_out(spelled, x, weight, cos, angles, fused=4, copies=1)
 
 
 def test_tables_that_are_written_to_are_not_shared() -> None:
@@ -244,10 +248,7 @@ def test_tables_that_are_written_to_are_not_shared() -> None:
         return first + over_tokens(written)(x, weight, cos, sin)
 
     x, weight, angles, _ = arguments(torch.bfloat16)
-    outcome = run_fused(spelled, x, weight, angles)
-    assert outcome.fused == 2
-    assert outcome.code.count(LAID_OUT) == 1
-    assert_same(outcome.result, spelled(x, weight, angles))
+    assert_laid_out(spelled, x, weight, angles, fused=2, copies=1)
 
 
 def test_tables_are_laid_out_before_the_first_rotation_that_reads_them() -> None:
@@ -261,10 +262,7 @@ def test_tables_are_laid_out_before_the_first_rotation_that_reads_them() -> None
 
     x, weight, cos, sin = arguments(torch.bfloat16)
     angles = torch.cat([cos, sin], -1)
-    outcome = run_fused(spelled, x, weight, angles)
-    assert outcome.fused == 2
-    assert outcome.code.count(LAID_OUT) == 2
-    assert_same(outcome.result, spelled(x, weight, angles))
+    assert_laid_out(spelled, x, weight, angles, fused=2, copies=2)
 
 
 def test_tables_that_are_written_to_under_vmap_are_not_shared() -> None:
@@ -277,10 +275,7 @@ def test_tables_that_are_written_to_under_vmap_are_not_shared() -> None:
         return first + over_tokens(written)(x, weight, cos, sin)
 
     x, weight, angles, _ = arguments(torch.bfloat16)
-    outcome = run_fused(spelled, x, weight, angles)
-    assert outcome.fused == 2
-    assert outcome.code.count(LAID_OUT) == 1
-    assert_same(outcome.result, spelled(x, weight, angles))
+    assert_laid_out(spelled, x, weight, angles, fused=2, copies=1)
 
 
 def test_tables_of_symbolic_length_are_laid_out_without_a_guard() -> None:
@@ -294,11 +289,7 @@ def test_tables_of_symbolic_length_are_laid_out_without_a_guard() -> None:
     angles = noise(7, BATCH, TOKENS + 4, 1, DIM)
     for marked in (x, angles):
         torch._dynamo.mark_dynamic(marked, 1)
-    outcome = run_fused(spelled, x, weight, angles)
-    assert outcome.fused == 1
-    assert outcome.guards == 0
-    assert outcome.code.count(LAID_OUT) == 2
-    assert_same(outcome.result, spelled(x, weight, angles))
+    assert_laid_out(spelled, x, weight, angles, fused=1, copies=2)
 
 
 @pytest.mark.parametrize("least", [BATCH * TOKENS * HEADS * DIM, BATCH * TOKENS * HEADS * DIM + 1])
