@@ -13,7 +13,7 @@ from test_attend_triton_compile import Build, resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from lite_compile.kernels import attend_hopper, tma_blocks, visit_lists  # noqa: E402
+from lite_compile.kernels import hopper_workers, tma_blocks, visit_lists  # noqa: E402
 from lite_compile.kernels.select_kernel import hopper_obstacle  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
@@ -29,7 +29,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
         shape, layout = tma_blocks.block_layout(kind, rows, head_dim)
         return f"tensordesc<{ELEMENTS[kind]}[{','.join(map(str, shape))}],{layout!r}>"
 
-    kernel = attend_hopper._attend_kernel
+    kernel = hopper_workers.attend_kernel
     fixed: dict[str, Any] = dict.fromkeys(("EVEN_K", "HAS_LSE", "HAS_BIAS", "BY_MASS"), False)
     fixed |= {name: value for name, value in constants.items() if name != "QUEUED"}
     fixed["QK_BITS"] = 8 * qk.itemsize

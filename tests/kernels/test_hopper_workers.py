@@ -13,15 +13,15 @@ pytest.importorskip("triton")
 from gluon_machine import Machine
 from gluon_memory import Descriptor, Pointer, block
 
-from lite_compile.kernels import attend_hopper
+from lite_compile.kernels import hopper_workers
 from lite_compile.ops import LOG2_E
 from lite_compile.skip_state import tile_count
 
-TILE = attend_hopper.HOPPER_TILE
+TILE = hopper_workers.HOPPER_TILE
 BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN, DIM = 2, 2, 1, 250, 300, 64
 Q_TILES, K_TILES = tile_count(Q_LEN, TILE.q), tile_count(K_LEN, TILE.k)
 PROGRAMS = BATCH * HEADS * Q_TILES
-ROWS = 64
+ROWS = hopper_workers.CONSUMER_ROWS
 """Queries that share a scale."""
 
 
@@ -64,7 +64,7 @@ def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) ->
     lengths = (PROGRAMS, HEADS, HEADS // KV_HEADS, Q_LEN, K_LEN, Q_TILES, K_TILES, K_LEN if biased else 0)
     scale, threshold = DIM**-0.5, torch.tensor(-math.inf)
     Machine(seed).run(
-        attend_hopper._attend_kernel, workers,
+        hopper_workers.attend_kernel, workers,
         [
             *blocks, *map(at, (lse, key_bias, flags, q_scales, k_scales, order, notes, counts, queue)),
             *map(block, lengths), scale * LOG2_E, Pointer(threshold),
