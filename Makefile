@@ -47,7 +47,8 @@ types: $(STAMP)  ## mypy on an installed copy
 # For a machine whose own python has torch with CUDA (and pytest): nothing is downloaded, nothing is installed into it.
 GPU_DTYPE ?= bfloat16
 GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/test_lifetime.py tests/test_inductor.py \
-    tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py
+    tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py \
+    tests/test_root_contents.py
 
 test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \

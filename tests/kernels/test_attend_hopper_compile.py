@@ -51,7 +51,7 @@ def compile_offline(dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = 
     source = GluonASTSource(kernel, signature, fixed, {(i,): [["tt.divisibility", 16]] for i in aligned})
     options = {"num_warps": 4, "enable_fp_fusion": True}
     built = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
-    return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"]), built.metadata.shared)
+    return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"], "attend_kernel"), built.metadata.shared)
 
 
 @pytest.mark.parametrize(
