@@ -20,14 +20,17 @@ PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT /
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 ATTENTION = ("bench-gpu-h100.json",)
-FORWARD, FORWARD_BEFORE = ("bench-forward-h100.json",), ("bench-forward-h200.json",)
+FORWARD = ("bench-forward-h100.json", "bench-forward-h100-40-layers.json")
+FORWARD_BEFORE = ("bench-forward-h200.json",)
 """The newest first: of each shape or model the first that has it counts."""
+SHARES = (0.0, 0.42, 0.57, 0.77)
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
 MODELS = {
     "1.3b": "Wan2.1-1.3B, 480p, 32,760 tokens",
     "14b": "Wan2.1-14B, 720p, 75,600 tokens",
     "14b-deep": "Wan2.1-14B, 720p, 75,600 tokens",
+    "14b-whole": "Wan2.1-14B, 720p, 75,600 tokens",
     "1.3b-short": "Wan2.1-1.3B, 4,096 tokens",
 }
 Row = dict[str, Any]
@@ -77,6 +80,11 @@ def percent(row: Row) -> str:
     return f"{100 * row['skipped']:.0f} %"
 
 
+def nearest(row: Row) -> float:
+    """Which of `SHARES` a row stands for: few tiles cannot be divided at will."""
+    return min(SHARES, key=lambda share: abs(row["skipped"] - share))
+
+
 def attention() -> str:
     """Every row of the runs of `bench_gpu.py`."""
     found, about = load_newest(ATTENTION, "shape")
@@ -100,8 +108,8 @@ def attention_short() -> str:
         for kernel in ("hopper", "triton"):
             found = [row for row in measured if key(row) == (shape, kernel, "scattered")]
             if found:
-                nearest = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in (0, 0.42, 0.57, 0.77)]
-                rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in nearest)))
+                by_share = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in SHARES]
+                rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in by_share)))
     header = ("B x H x S x D", "kernel", "0 % skipped", "42 %", "57 %", "77 %")
     return table(header, rows) + about
 
@@ -126,17 +134,20 @@ def forward(names: Sequence[str] = FORWARD) -> str:
     measured, about = load_newest(names, "model")
     rows = []
     for model, part in dict.fromkeys((row["model"], row["compiled"]) for row in measured):
-        found = [row for row in measured if (row["model"], row["compiled"]) == (model, part)]
-        dense = found[0]["inductor_cudnn_ms"]
-        cells = (f"{row['ms']:.0f} ({dense / row['ms']:.2f} x)" for row in found)
-        rows.append((MODELS[model], str(found[0]["layers"]), part, f"{dense:.0f}", *cells))
-    shares = [percent(row) for row in measured[: len(measured) // len(rows)]]
+        found = {nearest(row): row for row in measured if (row["model"], row["compiled"]) == (model, part)}
+        any_row = next(iter(found.values()))
+        dense = any_row["inductor_cudnn_ms"]
+        cells = (
+            f"{found[share]['ms']:.0f} ({dense / found[share]['ms']:.2f} x)" if share in found else "not measured"
+            for share in SHARES
+        )
+        rows.append((MODELS[model], str(any_row["layers"]), part, f"{dense:.0f}", *cells))
     header = (
         "model",
         "layers",
         "compiled",
         "Inductor + cuDNN, ms",
-        *(f"ours, {share} skipped, ms" for share in shares),
+        *(f"ours, {100 * share:.0f} % skipped, ms" for share in SHARES),
     )
     return table(header, rows) + about
 
