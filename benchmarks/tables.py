@@ -22,7 +22,7 @@ _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)"
 ATTENTION = ("bench-gpu-h100.json",)
 FORWARD = ("bench-forward-h100.json", "bench-forward-h100-40-layers.json")
 FORWARD_BEFORE = ("bench-forward-h200.json",)
-"""The newest first: of each shape or model the first that has it counts."""
+"""Of each shape or model the first of these files that has it counts."""
 SHARES = (0.0, 0.42, 0.57, 0.77)
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
@@ -80,9 +80,12 @@ def percent(row: Row) -> str:
     return f"{100 * row['skipped']:.0f} %"
 
 
-def nearest(row: Row) -> float:
-    """Which of `SHARES` a row stands for: few tiles cannot be divided at will."""
-    return min(SHARES, key=lambda share: abs(row["skipped"] - share))
+def share_of(row: Row) -> float:
+    """Which of `SHARES` a row stands for: few tiles cannot be divided at will. Raises `ValueError` if it is none."""
+    share = min(SHARES, key=lambda share: abs(row["skipped"] - share))
+    if abs(row["skipped"] - share) > 0.02:
+        raise ValueError(f"{row['skipped']} of the tiles are skipped; allowed in this table: about {SHARES}")
+    return share
 
 
 def attention() -> str:
@@ -134,7 +137,7 @@ def forward(names: Sequence[str] = FORWARD) -> str:
     measured, about = load_newest(names, "model")
     rows = []
     for model, part in dict.fromkeys((row["model"], row["compiled"]) for row in measured):
-        found = {nearest(row): row for row in measured if (row["model"], row["compiled"]) == (model, part)}
+        found = {share_of(row): row for row in measured if (row["model"], row["compiled"]) == (model, part)}
         any_row = next(iter(found.values()))
         dense = any_row["inductor_cudnn_ms"]
         cells = (

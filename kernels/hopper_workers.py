@@ -1,8 +1,9 @@
 """The Gluon kernel of `attend_hopper`: attention over lists of key tiles, by one worker per multiprocessor.
 
-A worker takes one program (a tile of queries of one head) after the other: one of its warps loads, three groups of
-warps compute. Each consumer owns 64 query rows: while one of them is in its softmax, the tensor cores work for the
-others. The producer streams K and V through a ring of two stages in shared memory, across the ends of programs.
+A worker takes one program (a tile of queries of one head) after the other: one of its warps, the producer, loads, and
+three groups of four warps, the consumers, compute. Each consumer owns 64 query rows: while one of them is in its
+softmax, the tensor cores work for the others. The producer streams K and V through a ring of two stages in shared
+memory, across the ends of programs.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from .gluon_adapter import async_load, async_store
 HOPPER_TILE = TileShape(192, 128)
 _CONSUMERS = gl.constexpr(3)
 CONSUMER_ROWS = 64
-"""Query rows of one consumer: what a warpgroup multiplies at once. Each has scales of its own in 8 bits."""
+"""Query rows of one consumer: what a warpgroup multiplies at once. They share a scale where q has 8 bits."""
 _ROWS, _TILE_K = gl.constexpr(CONSUMER_ROWS), gl.constexpr(HOPPER_TILE.k)
 _STAGES = gl.constexpr(2)
 _PLACES = gl.constexpr(15)
