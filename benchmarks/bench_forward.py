@@ -38,7 +38,7 @@ MODELS: dict[str, dict[str, Any]] = {
 }
 """Wan2.1 at 480p, four, twelve and all of the 40 layers of Wan2.1-14B at 720p, and 4,096 tokens, where launching takes
 its share. With four layers, what surrounds them weighs ten times what it does in the whole model."""
-DEFAULT = ("1.3b", "14b-deep", "1.3b-short")
+DEFAULT_MODELS = ("1.3b", "14b-deep", "1.3b-short")
 SKIPPED = (0.0, 0.42, 0.57, 0.77)
 ROUNDS, CALLS = 3, 3
 """Dense and sparse forwards take turns, since a card that has become warm is slower: what is timed first would win."""
@@ -152,7 +152,9 @@ def skipped_share(text: str) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--json", type=Path, help="write the table to this file")
-    parser.add_argument("--model", nargs="+", choices=list(MODELS), default=DEFAULT, help=f"default: {DEFAULT}")
+    parser.add_argument(
+        "--model", nargs="+", choices=list(MODELS), default=DEFAULT_MODELS, help=f"default: {DEFAULT_MODELS}"
+    )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--skipped", type=skipped_share, nargs="+", default=SKIPPED, help=f"default: {SKIPPED}")
     parser.add_argument(
