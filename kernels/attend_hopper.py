@@ -1,9 +1,9 @@
 """Attention on Hopper GPUs that skips the key tiles its state marks: what is launched for one call.
 
-`ops.attend_reference` is the specification. A call is four launches: `list_visits` expands the skip bits into a list
-of tiles per program, `queue_programs` says which programs come first (left out where the lists are short), the workers
-of `hopper_workers` compute attention over the lists and note which tiles mattered, and `record_visits` packs the notes
-into bits.
+`ops.attend_reference` is the specification. Where rows have up to 64 key tiles a call is one launch, of the workers of
+`hopper_short_rows`. Else it is four: `list_visits` expands the skip bits into a list of tiles per program,
+`queue_programs` says which programs come first, the workers of `hopper_workers` compute attention over the lists and
+note which tiles mattered, and `record_visits` packs the notes into bits.
 """
 
 from __future__ import annotations
@@ -14,21 +14,32 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from triton.runtime import driver
 
 from ..ops import LOG2_E
 from ..skip_state import TileShape, row_layout, tile_count
-from .hopper_workers import CONSUMER_ROWS, HOPPER_TILE, attend_kernel
+from .hopper_pipeline import CONSUMER_ROWS, HOPPER_TILE
+from .hopper_short_rows import MAX_TILES, attend_short_kernel
+from .hopper_workers import attend_kernel
 from .launch import Launch, Launcher, address_of, multiprocessors
 from .quantize_qk import quantize
 from .scratch import Scratch
 from .tma_blocks import addressable, is_addressable, tma_descriptor
 from .visit_lists import flag_biased, list_visits, queue_programs, range_arguments, record_visits
+from .work_counters import WorkCounters
 
-QUEUED_TILES = 64
-"""Key tiles from which on programs are queued: with fewer, none lasts long enough to be worth another launch."""
-_list_visits, _queue_programs, _flag_biased, _attend, _record_visits = map(
-    Launcher, (list_visits, queue_programs, flag_biased, attend_kernel, record_visits)
+_list_visits, _queue_programs, _flag_biased, _attend, _attend_short, _record_visits = map(
+    Launcher, (list_visits, queue_programs, flag_biased, attend_kernel, attend_short_kernel, record_visits)
 )
+_counters = functools.cache(WorkCounters)
+
+
+class _Lists(NamedTuple):
+    """What surrounds the kernel that works through lists."""
+
+    list_visits: Launch
+    queue_programs: Launch
+    record_visits: Launch
 
 
 class _Plan(NamedTuple):
@@ -43,12 +54,10 @@ class _Plan(NamedTuple):
     """`visit_lists.SIZES`."""
     lengths: tuple[int, ...]
     """`attend_kernel`'s, from `programs` to `bias_stride`."""
-    list_visits: Launch
-    queue_programs: Launch | None
-    """None: programs run in the order of their numbers."""
     flag_biased: Launch
     attend: Launch
-    record_visits: Launch
+    lists: _Lists | None
+    """None: rows are short, and `attend` reads and writes their bits itself."""
 
     @property
     def ready(self) -> bool:
@@ -56,7 +65,8 @@ class _Plan(NamedTuple):
 
         Where `attend` is ready, so are `queue_programs` and `flag_biased`, if it needs them: each has one variant.
         """
-        return self.list_visits.ready and self.attend.ready and self.record_visits.ready
+        lists = self.lists
+        return self.attend.ready and (lists is None or (lists.list_visits.ready and lists.record_visits.ready))
 
 
 @functools.lru_cache(256)
@@ -69,11 +79,12 @@ def _plan(
     kv_heads, k_len = k_shape[1:3]
     q_tiles, k_tiles = tile_count(q_len, HOPPER_TILE.q), tile_count(k_len, HOPPER_TILE.k)
     programs, layout = batch * heads * q_tiles, row_layout(k_tiles)
-    queued = k_tiles >= QUEUED_TILES
+    short = k_tiles <= MAX_TILES
     index = torch.int16 if k_tiles < 2**15 else torch.int32
     scratch = Scratch.of(
-        ((programs, k_tiles), index), ((programs + 1,), torch.int32), ((programs, 1 + 2 * k_tiles), torch.int8),
-        ((programs if queued else 0,), torch.int64), ((bias_rows or 0, k_tiles), torch.int8),
+        ((programs, k_tiles), index), ((0 if short else programs + 1,), torch.int32),
+        ((programs, 1 + 2 * k_tiles), torch.int8), ((0 if short else programs,), torch.int64),
+        ((bias_rows or 0, k_tiles), torch.int8),
     )  # fmt: skip
     sizes = (
         streams, q_len, k_len, q_tiles, k_tiles, layout.words, layout.anchor_words, layout.anchor_group,
@@ -86,13 +97,19 @@ def _plan(
         "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
         "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
     }  # fmt: skip
+    name = dtype, head_dim <= 64, index, qk_dtype
+    if short:
+        del constants["EVEN_K"]
+        constants |= {"HAS_KINDS": has_kinds, "HAS_RANGES": len(protected) > 0}
     return _Plan(
         programs, q_tiles, k_tiles, scratch, sizes, lengths,
-        _list_visits.variant(device, index, tiles, num_warps=1),
-        _queue_programs.variant(device, None, {}, num_warps=8) if queued else None,
         _flag_biased.variant(device, None, {"TILE_K": HOPPER_TILE.k}, num_warps=1),
-        _attend.variant(device, (dtype, head_dim <= 64, index, qk_dtype, queued), constants, num_warps=4),
-        _record_visits.variant(device, None, tiles, num_warps=1),
+        (_attend_short if short else _attend).variant(device, name, constants, num_warps=4),
+        None if short else _Lists(
+            _list_visits.variant(device, index, tiles, num_warps=1),
+            _queue_programs.variant(device, None, {}, num_warps=8),
+            _record_visits.variant(device, None, tiles, num_warps=1),
+        ),
     )  # fmt: skip
 
 
@@ -140,18 +157,23 @@ def attend_hopper(
         blocks = [
             tma_descriptor(x, rows) for x, rows in ((q, CONSUMER_ROWS), (k, tile.k), (v, tile.k), (out, CONSUMER_ROWS))
         ]
-        plan.list_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, order, counts, notes, *plan.sizes))
-        if plan.queue_programs is not None:
-            plan.queue_programs((plan.programs // plan.q_tiles, 1, 1), (counts, queue, plan.q_tiles))
-        plan.attend(
-            (min(plan.programs, multiprocessors(q.get_device())), 1, 1),
-            (
-                *blocks, lse_at, key_bias, None if key_bias is None else biased, q_scales, k_scales,
-                order, notes, counts, None if plan.queue_programs is None else queue, *plan.lengths, scale * LOG2_E,
-                limit_at,
-            ),
-        )  # fmt: skip
-        plan.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))
+        workers = min(plan.programs, multiprocessors(q.get_device())), 1, 1
+        inputs = *blocks, lse_at, key_bias, None if key_bias is None else biased, q_scales, k_scales
+        if plan.lists is None:
+            stream = driver.active.get_current_stream(q.get_device())
+            counter = _counters(q.device).of(state.data_ptr(), stream)
+            counter_at = address_of(counter) if plan.ready else counter
+            plan.attend(workers, (
+                *inputs, state_at, now_at, kinds_at, order, notes, counter_at, *plan.lengths, state.shape[0],
+                *range_arguments(protected), scale * LOG2_E, limit_at,
+            ))  # fmt: skip
+        else:
+            plan.lists.list_visits(
+                (plan.programs, 1, 1), (state_at, now_at, kinds_at, order, counts, notes, *plan.sizes)
+            )
+            plan.lists.queue_programs((plan.programs // plan.q_tiles, 1, 1), (counts, queue, plan.q_tiles))
+            plan.attend(workers, (*inputs, order, notes, counts, queue, *plan.lengths, scale * LOG2_E, limit_at))
+            plan.lists.record_visits((plan.programs, 1, 1), (state_at, now_at, kinds_at, counts, notes, *plan.sizes))
 
 
 def _in_rows(x: Tensor) -> Tensor:

@@ -71,7 +71,7 @@ def _select(device: torch.device, dtype: torch.dtype, head_dim: int, wanted: str
     if wanted != "triton":
         obstacle = hopper_obstacle(capability, dtype, head_dim)
         if obstacle is None:
-            from .hopper_workers import HOPPER_TILE
+            from .hopper_pipeline import HOPPER_TILE
 
             return _kernel("hopper", HOPPER_TILE)
         if wanted == "hopper":

@@ -107,15 +107,22 @@ class Machine:
 
     def _translate(self, kernel: Any) -> Callable[..., None]:
         """The function behind `kernel`, with what it calls and its constants, in terms of this machine."""
-        names: dict[str, Any] = {}
-        for name, value in kernel.fn.__globals__.items():
-            if isinstance(value, gluon_language.constexpr):
-                value = value.value
-            elif hasattr(value, "fn") and isinstance(value.fn, types.FunctionType):
-                value = types.FunctionType(value.fn.__code__, names, name)
-            names[name] = value
-        names |= self._names()
-        return types.FunctionType(kernel.fn.__code__, names)
+        modules: dict[str, dict[str, Any]] = {}
+
+        def translate(function: types.FunctionType) -> types.FunctionType:
+            module = function.__module__
+            if module not in modules:
+                names = modules[module] = {}
+                for name, value in function.__globals__.items():
+                    if isinstance(value, gluon_language.constexpr):
+                        value = value.value
+                    elif hasattr(value, "fn") and isinstance(value.fn, types.FunctionType):
+                        value = translate(value.fn)
+                    names[name] = value
+                names |= self._names()
+            return types.FunctionType(function.__code__, modules[module], function.__name__)
+
+        return translate(kernel.fn)
 
     def _names(self) -> dict[str, Any]:
         """What the kernel's module knows by these names."""
@@ -129,9 +136,11 @@ class Machine:
 
         def store(pointer: Pointer, value: Any, mask: Any = None) -> None:
             offset, inside = pointer.places(mask)
-            pointer.memory[offset[inside]] = torch.as_tensor(value).broadcast_to(offset.shape)[inside]
+            pointer.memory[offset[inside]] = torch.as_tensor(value, dtype=pointer.memory.dtype).broadcast_to(
+                offset.shape
+            )[inside]
 
-        def atomic_add(pointer: Pointer, value: int) -> Tensor:
+        def atomic_add(pointer: Pointer, value: int, sem: str = "acq_rel") -> Tensor:
             self.pause()
             before = load(pointer).clone()
             store(pointer, before + value)
@@ -209,6 +218,12 @@ class Machine:
         def largest(x: Any, axis: int) -> Any:
             return x if isinstance(x, Pointer) else x.amax(axis)
 
+        def larger(x: Any, y: Any) -> Tensor:
+            return torch.maximum(torch.as_tensor(x), torch.as_tensor(y))
+
+        def smaller(x: Any, y: Any) -> Tensor:
+            return torch.minimum(torch.as_tensor(x), torch.as_tensor(y))
+
         def nothing(*_: Any, **__: Any) -> None:
             pass
 
@@ -217,8 +232,8 @@ class Machine:
             static_range=range, load=load, store=store, atomic_add=atomic_add, full=make, where=torch.where,
             zeros=lambda shape, dtype, layout=None: make(shape, 0, dtype), zeros_like=torch.zeros_like,
             arange=lambda start, end, layout=None: block(range(start, end)), max=largest,
-            sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2, maximum=torch.maximum,
-            minimum=lambda x, y: x.clamp(max=y), convert_layout=lambda x, layout: x, float32=torch.float32,
+            sum=lambda x, axis: x.sum(axis), exp2=torch.exp2, log2=torch.log2, maximum=larger,
+            minimum=smaller, convert_layout=lambda x, layout: x, float32=torch.float32,
             int8=torch.int8, int32=torch.int32, int64=torch.int64, allocate_shared_memory=allocate,
             warp_specialize=warp_specialize, BlockedLayout=nothing, SwizzledSharedLayout=nothing,
             NVMMADistributedLayout=nothing, SliceLayout=nothing, DotOperandLayout=nothing,
@@ -231,6 +246,7 @@ class Machine:
         return {
             "gl": language, "mbarrier": mbarrier, "tma": tma, "async_load": async_load, "async_store": async_store,
             "warpgroup_mma": multiply, "warpgroup_mma_wait": finish_product, "fence_async_shared": nothing,
+            "thread_barrier": self.pause,
             "_rescale": lambda x, factor: x * factor[:, None],
         }  # fmt: skip
 

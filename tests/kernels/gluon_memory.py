@@ -38,10 +38,9 @@ def block(value: Any, dtype: torch.dtype = torch.int32) -> Tensor:
 class Pointer:
     """Into a tensor, whose bounds each access is held against."""
 
-    dtype = "pointer"
-
     def __init__(self, memory: Tensor, offset: Any = 0) -> None:
         self.memory, self.offset = memory.view(-1), offset
+        self.dtype = types.SimpleNamespace(element_ty=memory.dtype)
 
     def __add__(self, offset: Any) -> Pointer:
         return Pointer(self.memory, self.offset + offset)

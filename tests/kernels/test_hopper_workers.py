@@ -13,19 +13,20 @@ pytest.importorskip("triton")
 from gluon_machine import Machine
 from gluon_memory import Descriptor, Pointer, block
 
-from lite_compile.kernels import hopper_workers
+from lite_compile.kernels.hopper_pipeline import CONSUMER_ROWS, HOPPER_TILE
+from lite_compile.kernels.hopper_workers import attend_kernel
 from lite_compile.ops import LOG2_E
 from lite_compile.skip_state import tile_count
 
-TILE = hopper_workers.HOPPER_TILE
+TILE = HOPPER_TILE
 BATCH, HEADS, KV_HEADS, Q_LEN, K_LEN, DIM = 2, 2, 1, 250, 300, 64
 Q_TILES, K_TILES = tile_count(Q_LEN, TILE.q), tile_count(K_LEN, TILE.k)
 PROGRAMS = BATCH * HEADS * Q_TILES
-ROWS = hopper_workers.CONSUMER_ROWS
+ROWS = CONSUMER_ROWS
 """Queries that share a scale."""
 
 
-def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) -> None:
+def run(workers: int, seed: int, qk: torch.dtype, biased: bool) -> None:
     """Run the kernel over rows with 0 to all of their tiles; compare results and notes with float64."""
     torch.manual_seed(seed)
     q, k, v = (
@@ -54,7 +55,7 @@ def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) ->
         order[program, count:] = 9999
     notes = torch.tensor([0, *[1] * K_TILES, *[0] * K_TILES], dtype=torch.int8).repeat(PROGRAMS, 1)
     places = torch.randperm(PROGRAMS)
-    queue = (places << 32) | counts[:-1][places].long() if queued else None
+    queue = (places << 32) | counts[:-1][places].long()
 
     def at(x: torch.Tensor | None) -> Pointer | None:
         return None if x is None else Pointer(x)
@@ -64,7 +65,7 @@ def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) ->
     lengths = (PROGRAMS, HEADS, HEADS // KV_HEADS, Q_LEN, K_LEN, Q_TILES, K_TILES, K_LEN if biased else 0)
     scale, threshold = DIM**-0.5, torch.tensor(-math.inf)
     Machine(seed).run(
-        hopper_workers.attend_kernel, workers,
+        attend_kernel, workers,
         [
             *blocks, *map(at, (lse, key_bias, flags, q_scales, k_scales, order, notes, counts, queue)),
             *map(block, lengths), scale * LOG2_E, Pointer(threshold),
@@ -91,13 +92,13 @@ def run(workers: int, seed: int, qk: torch.dtype, queued: bool, biased: bool) ->
 
 
 @pytest.mark.parametrize("qk", [torch.float16, torch.int8, torch.float8_e4m3fn], ids=str)
-@pytest.mark.parametrize(("queued", "biased"), [(True, False), (False, True)], ids=["queued", "biased"])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, queued: bool, biased: bool) -> None:
+def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, biased: bool) -> None:
     """Of eight tiles of queries, whose rows visit none, some or all of their tiles."""
     assert workers <= PROGRAMS == 8
     for seed in range(4):
-        run(workers, seed, qk, queued, biased)
+        run(workers, seed, qk, biased)
 
 
 def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,7 +107,7 @@ def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) 
 
     def run_often() -> None:
         for seed in range(8):
-            run(1, seed, torch.float16, True, False)
+            run(1, seed, torch.float16, False)
 
     with pytest.raises(AssertionError, match=r"written while it is read|ended before"):
         run_often()

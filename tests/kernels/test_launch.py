@@ -160,12 +160,89 @@ def test_a_plan_of_variants_compiled_for_other_plans_is_not_ready_until_all_are(
 
     long, short = 128 * 2**15 + 1, 128 * 65 + 1
     for compiled in (plan(long, False), plan(short, True)):
-        for each in (compiled.list_visits, compiled.queue_programs, compiled.attend, compiled.record_visits):
+        for each in (compiled.attend, *compiled.lists):
             each.ready = True
         assert compiled.ready
     both = plan(long, True)
     assert both.attend.ready
-    assert both.record_visits.ready
+    assert both.lists.record_visits.ready
     assert not both.ready
-    both.list_visits.ready = True
+    both.lists.list_visits.ready = True
     assert both.ready
+
+
+def test_short_rows_need_one_launch() -> None:
+    from lite_compile.kernels.attend_hopper import _plan
+
+    def plan(keys: int) -> Any:
+        shapes = torch.Size((1, 1, 8, 64)), torch.Size((1, 1, keys, 64))
+        return _plan(*shapes, torch.bfloat16, 98, 1, None, False, (), None, "max", False)
+
+    one = plan(128 * 64)
+    assert one.lists is None
+    one.attend.ready = True
+    assert one.ready
+    assert plan(128 * 64 + 1).lists is not None
+
+
+@pytest.mark.parametrize("ready", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_short_rows_are_given_their_arguments_by_place(
+    monkeypatch: pytest.MonkeyPatch, given: bool, ready: bool
+) -> None:
+    from lite_compile.kernels import attend_hopper as module
+    from lite_compile.kernels.hopper_pipeline import HOPPER_TILE
+    from lite_compile.kernels.hopper_short_rows import attend_short_kernel
+    from lite_compile.ops import LOG2_E, NOW_WORDS
+    from lite_compile.skip_state import state_shape
+
+    launched: list[tuple[Any, ...]] = []
+    stub = SimpleNamespace(get_current_stream=lambda device: STREAM)
+    monkeypatch.setattr(module, "driver", SimpleNamespace(active=stub))
+    monkeypatch.setattr(module, "multiprocessors", lambda device: 5)
+    monkeypatch.setattr(Launch, "__call__", lambda self, grid, arguments: launched.append((self, grid, arguments)))
+    batch, heads, kv_heads, q_len, k_len, dim = 2, 4, 2, 400, 700, 64
+    q, out = torch.zeros(2, batch, heads, q_len, dim, dtype=torch.bfloat16)
+    k, v = torch.zeros(2, batch, kv_heads, k_len, dim, dtype=torch.bfloat16)
+    state = torch.zeros(state_shape(3, batch, heads, q_len, k_len, HOPPER_TILE), dtype=torch.int32)
+    now, threshold = torch.zeros(NOW_WORDS, dtype=torch.int32), torch.tensor(-3.0)
+    lse, key_bias = torch.zeros(batch, heads, q_len), torch.zeros(batch, k_len)
+    key_tiles = torch.zeros(6, dtype=torch.int8)
+    optional = (lse, key_bias, (1, 2, 3, 4)) if given else (None, None, ())
+    plan = module._plan(
+        q.shape, k.shape, q.dtype, -1, 3, batch if given else None, given, optional[2], None, "mass", given
+    )
+    monkeypatch.setattr(plan.attend, "ready", ready)
+    module.attend_hopper(
+        q, k, v, state, now, 0.5, threshold, HOPPER_TILE, out, *optional, criterion="mass",
+        key_tiles=key_tiles if given else None,
+    )  # fmt: skip
+
+    variant, grid, arguments = launched[-1]
+    assert variant is plan.attend
+    assert len(launched) == 1 + given
+    assert grid == (5, 1, 1)
+    found = dict(zip(attend_short_kernel.arg_names, (*arguments, *variant._values), strict=True))
+    blocks = {"q_desc": q, "k_desc": k, "v_desc": v, "o_desc": out}
+    assert all(found[name].base.data_ptr() == x.data_ptr() for name, x in blocks.items())
+    pointers = {"state": state, "now": now, "threshold": threshold}
+    if given:
+        pointers |= {"lse": lse, "key_bias": key_bias, "key_tiles": key_tiles}
+    else:
+        assert all(found[name] is None for name in ("lse", "key_bias", "biased", "key_tiles"))
+    as_tensors = ("key_bias",)
+    for name, x in pointers.items():
+        assert found[name] is x if not ready or name in as_tensors else found[name] == x.data_ptr()
+    assert found["q_scales"] is found["k_scales"] is None
+    counter = module._counters(q.device).of(state.data_ptr(), STREAM)
+    assert found["counter"] == counter.data_ptr() if ready else found["counter"] is counter
+    scratch = [found[name] for name in ("order", "notes")]
+    assert all(isinstance(x, int) for x in scratch) if ready else [x.shape for x in scratch] == [(24, 6), (24, 13)]
+    numbers = {
+        "programs": 24, "heads": heads, "heads_per_kv": 2, "q_len": q_len, "k_len": k_len, "q_tiles": 3, "k_tiles": 6,
+        "bias_stride": k_len if given else 0, "streams": 3, "qk_scale": 0.5 * LOG2_E,
+        "HAS_LSE": given, "HAS_BIAS": given, "QK_BITS": 16, "BY_MASS": True, "HAS_KINDS": given, "HAS_RANGES": given,
+    }  # fmt: skip
+    ends = [f"{end}_{i}" for i in range(4) for end in ("start", "end")]
+    numbers |= dict(zip(ends, [*optional[2], *[0] * (8 - len(optional[2]))], strict=True))
+    assert {name: found[name] for name in numbers} == numbers
