@@ -24,6 +24,7 @@ from .passes.decide_dense_layers import decide_dense_layers
 from .passes.find_attention import find_attention
 from .passes.find_clock_inputs import ClockInputs, find_clock_inputs, find_unreadable
 from .passes.find_joint_tokens import find_joint_tokens
+from .passes.find_launch_bound import find_launch_bound
 from .passes.find_nested_attention import find_nested_attention
 from .passes.fuse_gelu import fuse_gelu
 from .passes.fuse_layer_norm import fuse_layer_norm
@@ -95,7 +96,9 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     sites = protect_tokens(graph, sites, clock, settings)
     sites += find_nested_attention(graph)
     per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
-    decisions = decide_attention(sites, description if clock is None else None, known, per_step)
+    # Only of parts of a model: a whole one is launched without modules of Python in between, and so faster.
+    launch_bound = find_launch_bound(graph, sites, settings) if isinstance(clock, ClockSource) else None
+    decisions = decide_attention(sites, description if clock is None else None, known, per_step, launch_bound)
     dense_layers: DenseLayers | frozenset[str] = settings.dense_layers
     if clock is not ClockSource.ROOT:
         decisions, dense_layers = decide_dense_layers(decisions, settings.dense_layers, settings.must_skip is not None)

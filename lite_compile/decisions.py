@@ -21,6 +21,7 @@ class Reason(Enum):
     CROSS_ATTENTION = "cross-attention"
     TEXT = "text alone"
     SHORT = "short sequence"
+    LAUNCHES = "launches take longer than the work"
     MASK = "attention mask"
     CAUSAL = "causal"
     DROPOUT = "dropout"
@@ -44,7 +45,7 @@ class Reason(Enum):
     @property
     def by_design(self) -> bool:
         """Whether dense is what such attention is meant to be, rather than a gap of ours."""
-        return self in (Reason.EXCLUDED, Reason.CROSS_ATTENTION, Reason.TEXT, Reason.SHORT)
+        return self in (Reason.EXCLUDED, Reason.CROSS_ATTENTION, Reason.TEXT, Reason.SHORT, Reason.LAUNCHES)
 
 
 @dataclass(frozen=True)

@@ -56,18 +56,25 @@ class Decline:
 
 
 def decide_attention(
-    sites: Sequence[AttentionSite], missing_clock: str | None, options: Options, per_step: Sequence[fx.Node] = ()
+    sites: Sequence[AttentionSite],
+    missing_clock: str | None,
+    options: Options,
+    per_step: Sequence[fx.Node] = (),
+    launch_bound: str | None = None,
 ) -> list[Rewrite | Decline]:
     """One decision per site. The graph is not changed.
 
     Args:
         missing_clock: what the clock lacks, or None.
         per_step: inputs that change from step to step.
+        launch_bound: why all that can be rewritten had better not be, see `find_launch_bound`.
     """
     decisions: list[Rewrite | Decline] = []
     device: torch.device | None = None
     for site in sites:
         decision = _decide(site, missing_clock, options, per_step)
+        if isinstance(decision, Rewrite) and launch_bound is not None:
+            decision = Decline(site, Reason.LAUNCHES, launch_bound)
         if isinstance(decision, Rewrite):
             device = device or decision.device
             if decision.device != device:

@@ -1,0 +1,28 @@
+"""How long a graph takes the host to launch and the GPU to compute: if the host is slower, skipping gains nothing."""
+
+from __future__ import annotations
+
+import torch
+
+HOST_SECONDS = 100e-6
+"""Of a compiled block with our op, per matrix product or attention and what surrounds it: 30 blocks of Wan, 12 products
+each, on virtual machines with H100s and an H200. Python there needs 45 us while nobody else uses the host's cores, and
+up to 94 when somebody does (benchmarks/LOG.md)."""
+FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
+"""Of dense 16-bit products, per multiprocessor and by compute capability (NVIDIA's architecture white papers)."""
+OTHER_FLOPS_PER_CLOCK = 1024
+REACHED = 0.55
+"""Share of that which a block of 462 GFLOP reached on an H100 (0.78 ms; measured with attention by cuDNN)."""
+
+
+def gpu_seconds(flops: float, device: torch.device) -> float:
+    """About how long a CUDA device computes products of 16-bit elements of so many floating-point operations."""
+    properties = torch.cuda.get_device_properties(device)
+    per_clock = FLOPS_PER_CLOCK.get((properties.major, properties.minor), OTHER_FLOPS_PER_CLOCK)
+    clocks_per_second = 1e3 * properties.clock_rate
+    return flops / (REACHED * per_clock * properties.multi_processor_count * clocks_per_second)
+
+
+def host_seconds(products: int) -> float:
+    """How long launching them takes the host, if it is a slow one."""
+    return HOST_SECONDS * products

@@ -1,0 +1,71 @@
+"""Find out whether a graph that is launched by itself has too little work for the host to keep ahead of the GPU."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import fx
+
+from ..kernels.launch_cost import gpu_seconds, host_seconds
+from ..options import Options
+from .attention_site import AttentionSite
+from .graph_inputs import fake_tensor, size_hint
+from .trace_projections import is_product
+
+
+def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], options: Options) -> str | None:
+    """Why the graph would be slower for our op, which takes the host longer than dense attention does; None: it is not.
+
+    Nothing is said where the user asks for more than speed or says what to rewrite, where CUDA graphs launch, and of
+    devices and dtypes for which nobody knows. Asking adds no guard.
+    """
+    given = options.min_seq_len, options.kernel, options.qk_dtype, options.must_skip
+    if given != ("auto", "auto", None, None) or options.inductor_config().get("triton.cudagraphs"):
+        return None
+    queries = [q for site in sites if (q := fake_tensor(site.q)) is not None]
+    if not queries or any(q.device.type != "cuda" or q.dtype.itemsize != 2 for q in queries):
+        return None
+    products, flops = count_products(gm.graph, sites)
+    host, gpu = host_seconds(products), gpu_seconds(flops, queries[0].device)
+    if gpu >= host:
+        return None
+    return (
+        f"launching {products} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
+        f"{1e3 * gpu:.1f} ms; compile the whole model, or with mode='reduce-overhead', or set min_seq_len"
+    )
+
+
+def count_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[int, float]:
+    """How many matrix products and attentions a graph has, and their floating-point operations."""
+    inner = {node for site in sites for node in (site.node, *site.inner)}
+    flops = [_product_flops(node) for node in graph.nodes if node not in inner and is_product(node)]
+    flops += [_attention_flops(site) for site in sites]
+    return len(flops), math.fsum(flops)
+
+
+def _product_flops(node: fx.Node) -> float:
+    """Of `[M, K] @ [K, N]`, by the sizes of the three: the root of `MK * KN * MN`. Too many for batched products.
+
+    The operands are taken to be the two largest inputs: a bias is less than either, unless M is small.
+    """
+    operands = sorted(map(_elements, node.all_input_nodes))[-2:]
+    return 2 * math.sqrt(math.prod(operands) * _elements(node))
+
+
+def _attention_flops(site: AttentionSite) -> float:
+    """Of both products, masked scores included."""
+    q, k = fake_tensor(site.q), fake_tensor(site.k)
+    if q is None or k is None or q.dim() != 4 or k.dim() != 4:
+        return 0.0
+    return 4.0 * _elements_of(q) * (size_hint(k.shape[2]) or 0)
+
+
+def _elements(node: fx.Node) -> int:
+    fake = fake_tensor(node)
+    return 0 if fake is None else _elements_of(fake)
+
+
+def _elements_of(x: torch.Tensor) -> int:
+    return math.prod(size_hint(size) or 0 for size in x.shape)
