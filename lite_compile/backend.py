@@ -96,8 +96,8 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     sites = protect_tokens(graph, sites, clock, settings)
     sites += find_nested_attention(graph)
     per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
-    # Only of parts of a model: a whole one is launched without modules of Python in between, and so faster.
-    launch_bound = find_launch_bound(graph, sites, settings) if isinstance(clock, ClockSource) else None
+    # Only of parts of a model: a whole one, which may be announced, is launched without modules of Python in between.
+    launch_bound = find_launch_bound(graph, sites, settings) if clock is ClockSource.ROOT else None
     decisions = decide_attention(sites, description if clock is None else None, known, per_step, launch_bound)
     dense_layers: DenseLayers | frozenset[str] = settings.dense_layers
     if clock is not ClockSource.ROOT:

@@ -22,14 +22,14 @@ def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], option
     devices and dtypes for which nobody knows. Asking adds no guard.
     """
     given = options.min_seq_len, options.kernel, options.qk_dtype, options.must_skip
-    if given != ("auto", "auto", None, None) or options.inductor_config().get("triton.cudagraphs"):
+    if given != ("auto", "auto", None, None) or _has_cuda_graphs(options):
         return None
     queries = [q for site in sites if (q := fake_tensor(site.q)) is not None]
     if not queries or any(q.device.type != "cuda" or q.dtype.itemsize != 2 for q in queries):
         return None
     products, flops = count_products(gm.graph, sites)
     host, gpu = host_seconds(products), gpu_seconds(flops, queries[0].device)
-    if gpu >= host:
+    if not gpu < host:  # NaN where a size is unknown and another zero
         return None
     return (
         f"launching {products} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
@@ -37,8 +37,14 @@ def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], option
     )
 
 
+def _has_cuda_graphs(options: Options) -> bool:
+    import torch._inductor.config as inductor
+
+    return bool(options.inductor_config().get("triton.cudagraphs", inductor.triton.cudagraphs))
+
+
 def count_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[int, float]:
-    """How many matrix products and attentions a graph has, and their floating-point operations."""
+    """How many matrix products and attentions a graph has, and their floating-point operations; infinite if unknown."""
     inner = {node for site in sites for node in (site.node, *site.inner)}
     flops = [_product_flops(node) for node in graph.nodes if node not in inner and is_product(node)]
     flops += [_attention_flops(site) for site in sites]
@@ -59,13 +65,15 @@ def _attention_flops(site: AttentionSite) -> float:
     q, k = fake_tensor(site.q), fake_tensor(site.k)
     if q is None or k is None or q.dim() != 4 or k.dim() != 4:
         return 0.0
-    return 4.0 * _elements_of(q) * (size_hint(k.shape[2]) or 0)
+    keys = size_hint(k.shape[2])
+    return math.inf if keys is None else 4.0 * _elements_of(q) * keys
 
 
-def _elements(node: fx.Node) -> int:
+def _elements(node: fx.Node) -> float:
     fake = fake_tensor(node)
     return 0 if fake is None else _elements_of(fake)
 
 
-def _elements_of(x: torch.Tensor) -> int:
-    return math.prod(size_hint(size) or 0 for size in x.shape)
+def _elements_of(x: torch.Tensor) -> float:
+    hints = list(map(size_hint, x.shape))
+    return math.inf if None in hints else math.prod(hint for hint in hints if hint is not None)

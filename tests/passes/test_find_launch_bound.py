@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from graphs import Denoiser, capture, inputs
 from models import OPTIONS, denoise, noise, prompt, tiny_wan
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import lite_compile
 from lite_compile import Options, Reason, backend
 from lite_compile.kernels import launch_cost
+from lite_compile.passes import find_launch_bound as module
 from lite_compile.passes.find_attention import find_attention
 from lite_compile.passes.find_launch_bound import count_products, find_launch_bound
 
@@ -63,6 +65,11 @@ def graph_of(
     return gm
 
 
+def shape_of(node: fx.Node) -> tuple[Any, ...]:
+    value = node.meta.get("example_value")
+    return tuple(value.shape) if isinstance(value, Tensor) else ()
+
+
 def launch_bound(gm: fx.GraphModule, **options: Any) -> str | None:
     return find_launch_bound(gm, find_attention(gm), Options(**options))
 
@@ -96,6 +103,32 @@ def test_an_attention_spelled_as_products_is_counted_once() -> None:
         gm = capture(Denoiser(attend), *inputs())
         counted.append(count_products(gm.graph, find_attention(gm)))
     assert counted[0] == counted[1]
+
+
+def test_symbolic_sizes_count_as_they_were_and_are_not_guarded() -> None:
+    counted = []
+    for dynamic in (False, True):
+        gm = capture(Denoiser(), *inputs(), dynamic=dynamic)
+        sites = find_attention(gm)
+        sizes = [size for node in gm.graph.nodes if node.op == "placeholder" for size in shape_of(node)]
+        symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
+        assert bool(symbols) is dynamic
+        guards = [len(size.node.shape_env.guards) for size in symbols]
+        counted.append(count_products(gm.graph, sites))
+        assert guards == [len(size.node.shape_env.guards) for size in symbols]
+    assert counted[0] == counted[1]
+
+
+def test_unknown_sizes_are_no_reason(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    gm = graph_of(4096)
+    assert launch_bound(gm) is not None
+    monkeypatch.setattr(module, "size_hint", lambda size: None if size == 4096 else size)
+    assert launch_bound(gm) is None
+
+
+def test_a_graph_without_attention_has_none_to_leave(gpu: None) -> None:
+    gm = graph_of(4096)
+    assert find_launch_bound(gm, [], Options()) is None
 
 
 @pytest.mark.parametrize(
@@ -135,6 +168,12 @@ def test_the_report_says_what_takes_how_long_and_what_helps(gpu: None) -> None:
 )
 def test_who_asks_for_more_than_speed_gets_it(gpu: None, options: dict[str, Any]) -> None:
     assert launch_bound(graph_of(4096), **options) is None
+
+
+def test_cuda_graphs_may_be_asked_for_of_inductor_itself(gpu: None) -> None:
+    with torch._inductor.config.patch({"triton.cudagraphs": True}):
+        assert launch_bound(graph_of(4096)) is None
+        assert launch_bound(graph_of(4096), inductor={"triton.cudagraphs": False}) is not None
 
 
 def test_nobody_knows_how_fast_other_devices_and_dtypes_are(gpu: None) -> None:
