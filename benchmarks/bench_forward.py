@@ -141,7 +141,8 @@ def measure(
         yield {
             "model": name, "compiled": part, "layers": shape["layers"], "skipped": imposed[skipped],
             "ms": statistics.median(ms[skipped]), "inductor_cudnn_ms": statistics.median(dense_ms),
-            "error_with_nothing_skipped": error, "kernel": rewritten[-1].kernel if rewritten else "dense",
+            "error_with_nothing_skipped": error, "options": options,
+            "kernel": rewritten[-1].kernel if rewritten else "dense",
             "state_bytes_of_all_layers": shape["of"] * layer_states(sparse)[0].state.nbytes if rewritten else 0,
             "all_ms": ms[skipped], "all_inductor_cudnn_ms": dense_ms,
         }  # fmt: skip
@@ -164,7 +165,7 @@ def main() -> None:
     )
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"default: {ROUNDS}")
     parser.add_argument("--skipped", type=skipped_share, nargs="+", default=SKIPPED, help=f"default: {SKIPPED}")
-    parser.add_argument("--min-seq-len", type=int, help="the option of that name; default: what is short is left to us")
+    parser.add_argument("--min-seq-len", type=int, help="the option of that name; default: 'auto'")
     parser.add_argument(
         "--compile", nargs="+", choices=("whole", "blocks"), default=["whole"], help="default: the whole model"
     )

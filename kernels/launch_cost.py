@@ -5,14 +5,16 @@ from __future__ import annotations
 import torch
 
 HOST_SECONDS = 100e-6
-"""Of a compiled block with our op, per matrix product or attention and what surrounds it: 30 blocks of Wan, 12 products
-each, on virtual machines with H100s and an H200. Python there needs 45 us while nobody else uses the host's cores, and
-up to 94 when somebody does (benchmarks/LOG.md)."""
+"""Of a compiled block with our op, per matrix product or attention and what surrounds it, on a slow host: 30 blocks of
+Wan, 12 products each, took 60 us per product on a virtual machine with an H100 while it was quick, and 94 while it was
+slow (benchmarks/LOG.md)."""
 FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 """Of dense 16-bit products, per multiprocessor and by compute capability (NVIDIA's architecture white papers)."""
-OTHER_FLOPS_PER_CLOCK = 1024
-REACHED = 0.55
-"""Share of that which a block of 462 GFLOP reached on an H100 (0.78 ms; measured with attention by cuDNN)."""
+OTHER_FLOPS_PER_CLOCK = 512
+"""Of GeForce cards, which sum 16-bit products in 32 bits at half their rate. Others have up to twice as many."""
+REACHED = 0.5
+"""Share of that which a block of 462 GFLOP reached on an H200, memory traffic between its products included: 0.87 ms
+(26.2 ms for 30 blocks with Inductor and cuDNN, benchmarks/LOG.md)."""
 
 
 def gpu_seconds(flops: float, device: torch.device) -> float:

@@ -17,6 +17,7 @@ class WorkCounters:
     """One counter per state and stream: calls that share both run one after the other, others may run at once.
 
     A kernel counts on zeros, and two at once on one counter would leave other numbers there, for all calls to come.
+    Eight bytes each, they are kept for as long as the process lives.
     """
 
     def __init__(self, device: torch.device) -> None:

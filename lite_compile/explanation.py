@@ -30,7 +30,8 @@ def explain(
 
     Each captured graph returns uninitialised outputs of the right shape, so that Python code between two graphs goes
     on, and does to Python objects what it does in any call, hooks of the model included. Nothing else is remembered:
-    `report()` and later compilations are as if `explain` had not been called.
+    `report()` and later compilations are as if `explain` had not been called. A model whose blocks are compiled one by
+    one is explained as if it were compiled whole, where none stays dense because of its launches.
 
     Args:
         model: a module or function, compiled or not.

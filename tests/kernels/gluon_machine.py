@@ -165,6 +165,7 @@ class Machine:
         def arrive(barrier: Barrier, count: int) -> None:
             self.pause()
             barrier.arrive(count)
+            self.pause()
 
         def async_load(source: Descriptor, place: Sequence[Any], barrier: Barrier, region: Region) -> None:
             self.pause()

@@ -126,6 +126,23 @@ def test_unknown_sizes_are_no_reason(gpu: None, monkeypatch: pytest.MonkeyPatch)
     assert launch_bound(gm) is None
 
 
+def test_one_site_on_another_device_is_enough_to_say_nothing(gpu: None) -> None:
+    gm = graph_of(4096)
+    sites = find_attention(gm)
+    with FakeTensorMode():
+        query = sites[-1].q.meta["example_value"]
+        sites[-1].q.meta["example_value"] = torch.empty(query.shape, dtype=query.dtype, device="cpu")
+    assert find_launch_bound(gm, sites, Options()) is None
+
+
+def test_sites_that_are_not_understood_may_be_long(gpu: None) -> None:
+    gm = graph_of(4096)
+    sites = find_attention(gm)
+    with FakeTensorMode():
+        sites[-1].k.meta["example_value"] = torch.empty(3, 4, dtype=torch.bfloat16, device="cuda")
+    assert find_launch_bound(gm, sites, Options()) is None
+
+
 def test_a_graph_without_attention_has_none_to_leave(gpu: None) -> None:
     gm = graph_of(4096)
     assert find_launch_bound(gm, [], Options()) is None
@@ -139,7 +156,7 @@ def test_a_graph_without_attention_has_none_to_leave(gpu: None) -> None:
         ("H100", 4096, DIM_14B, False),
         ("A100", 4096, DIM_1_3B, False),
         ("RTX 4090", 4096, DIM_1_3B, False),
-        ("RTX 4090", 1024, DIM_1_3B, True),
+        ("RTX 4090", 512, DIM_1_3B, True),
     ],
     indirect=["gpu"],
 )
@@ -150,8 +167,8 @@ def test_blocks_with_too_little_work(gpu: None, tokens: int, sizes: tuple[int, i
 def test_the_report_says_what_takes_how_long_and_what_helps(gpu: None) -> None:
     detail = launch_bound(graph_of(4096))
     assert detail is not None
-    assert "12 products may take the host 1.2 ms, computing them takes the GPU 0.8 ms" in detail
-    assert "compile the whole model, or with mode='reduce-overhead', or set min_seq_len" in detail
+    assert "12 products may take the host 1.2 ms, computing them takes the GPU 0.9 ms" in detail
+    assert "compile the whole model, or with CUDA graphs (mode='reduce-overhead'), or set min_seq_len" in detail
 
 
 @pytest.mark.parametrize(
@@ -161,6 +178,9 @@ def test_the_report_says_what_takes_how_long_and_what_helps(gpu: None) -> None:
         {"kernel": "triton"},
         {"qk_dtype": "fp8"},
         {"must_skip": [(0, 10)]},
+        {"must_compute": []},
+        {"history": True},
+        {"probe": True},
         {"mode": "reduce-overhead"},
         {"inductor": {"triton.cudagraphs": True}},
     ],
@@ -202,8 +222,21 @@ def test_a_block_stays_dense_and_a_whole_model_does_not(monkeypatch: pytest.Monk
             torch.testing.assert_close(result, plain)
 
 
+def test_what_a_graph_break_leaves_of_a_whole_model_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    lite_compile.clear_report()
+    torch._dynamo.reset()
+    model = tiny_wan()
+    model.condition_embedder.register_forward_hook(lambda *_: torch._dynamo.graph_break())
+    run = torch.compile(model, backend="liteattention", options=OPTIONS)
+    denoise(run, noise(0), [prompt(0)], 4)
+    assert any(graph.sites and graph.clock.startswith("hooks on") for graph in lite_compile.report().graphs)
+    assert Reason.LAUNCHES not in lite_compile.report().reasons()
+    assert len(lite_compile.report().rewritten) == len(model.blocks)
+
+
 def test_estimates_grow_with_what_is_estimated(gpu: None) -> None:
     seconds = launch_cost.gpu_seconds(462e9, torch.device("cuda"))
-    assert 0.6e-3 < seconds < 1e-3, "0.87 ms were measured on an H100, memory traffic between the products included"
+    assert seconds == pytest.approx(0.87e-3, rel=0.03), "what was measured"
     assert launch_cost.gpu_seconds(924e9, torch.device("cuda")) == pytest.approx(2 * seconds)
-    assert launch_cost.host_seconds(12) == pytest.approx(12 * launch_cost.HOST_SECONDS)
+    assert launch_cost.host_seconds(24) == pytest.approx(2 * launch_cost.host_seconds(12))
