@@ -7,7 +7,6 @@ head, with the key tiles that it visits.
 
 from __future__ import annotations
 
-import torch  # noqa: F401
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -29,6 +28,16 @@ _PLACES = gl.constexpr(15)
 """Where the producer writes down for the consumers what differs between tasks: how many tiles this one visits (-1: none
 is left), how many tiles and how many tasks came before it, its batch entry, head and first query, and how many queries
 there are from that on; then addresses. Registers that held it would be missing in the consumers' loop."""
+
+
+@gluon.jit
+def marking_limit(threshold, k_tiles, BY_MASS: gl.constexpr):
+    """What a tile is compared with: log2 units or, by mass, a share of the sum of weights; NaN marks nothing."""
+    limit = gl.load(threshold)
+    limit = gl.where(limit <= 0, limit, float("nan"))
+    if BY_MASS:
+        limit = gl.exp2(limit) / k_tiles
+    return limit
 
 
 @gluon.jit

@@ -7,7 +7,6 @@ the next one.
 
 from __future__ import annotations
 
-import torch  # noqa: F401
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
@@ -16,7 +15,17 @@ from ..ops import COMPUTED_TILE, HIDDEN_TILE, NOW_EPOCH, NOW_SLOT
 from ..skip_state import COMPUTED_WORD, EPOCH_WORD, HEADER_WORDS
 from .gluon_adapter import thread_barrier
 from .hopper_consumers import consume
-from .hopper_pipeline import CONSUMERS, ROWS, TILE_K, allocate, announce, announce_end, heads_of, load_tile
+from .hopper_pipeline import (
+    CONSUMERS,
+    ROWS,
+    TILE_K,
+    allocate,
+    announce,
+    announce_end,
+    heads_of,
+    load_tile,
+    marking_limit,
+)
 
 MAX_TILES = 64
 _LISTED_BEFORE = gl.constexpr(3)
@@ -253,11 +262,7 @@ def attend_short_kernel(
         notes: int8 `[programs, 1 + 2 * k_tiles]`, overwritten.
         The others: as in `hopper_workers.attend_kernel`.
     """
-    limit = gl.load(threshold)
-    limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
-    if BY_MASS:
-        limit = gl.exp2(limit) / k_tiles
-
+    limit = marking_limit(threshold, k_tiles, BY_MASS)
     queries, ring, o_smem, turns = allocate(q_desc, k_desc, v_desc, o_desc)
     done = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(2):  # a program may be complete before the producer has asked about the one before

@@ -6,12 +6,11 @@ what it can while the consumers still compute this one.
 
 from __future__ import annotations
 
-import torch  # noqa: F401
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_consumers import consume
-from .hopper_pipeline import allocate, announce, announce_end, heads_of, load_tile
+from .hopper_pipeline import allocate, announce, announce_end, heads_of, load_tile, marking_limit
 
 
 @gluon.jit
@@ -84,11 +83,7 @@ def attend_kernel(
         queue: as `queue_programs` wrote it.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
-    limit = gl.load(threshold)
-    limit = gl.where(limit <= 0, limit, float("nan"))  # one that is positive marks nothing
-    if BY_MASS:
-        limit = gl.exp2(limit) / k_tiles
-
+    limit = marking_limit(threshold, k_tiles, BY_MASS)
     queries, ring, o_smem, turns = allocate(q_desc, k_desc, v_desc, o_desc)
     lists = (order, notes)
     sizes = (heads, heads_per_kv, q_tiles, q_len, k_tiles)
