@@ -3,7 +3,8 @@
 `ops.attend_reference` is the specification. Where rows have up to 64 key tiles a call is one launch, of the workers of
 `hopper_short_rows`. Else it is four: `list_visits` expands the skip bits into a list of tiles per program,
 `queue_programs` says which programs come first, the workers of `hopper_workers` compute attention over the lists and
-note which tiles mattered, and `record_visits` packs the notes into bits.
+note which tiles mattered, and `record_visits` packs the notes into bits. A bias (`flag_biased`) and products in 8 bits
+(`quantize`) take launches of their own before that.
 """
 
 from __future__ import annotations

@@ -13,8 +13,8 @@ FLOPS_PER_CLOCK = {(8, 0): 2048, (9, 0): 4096, (10, 0): 8192, (10, 3): 8192}
 OTHER_FLOPS_PER_CLOCK = 512
 """Of GeForce cards, which sum 16-bit products in 32 bits at half their rate. Others have up to twice as many."""
 REACHED = 0.5
-"""Share of that which a block of 462 GFLOP reached on an H200, memory traffic between its products included: 0.87 ms
-(26.2 ms for 30 blocks with Inductor and cuDNN, benchmarks/LOG.md)."""
+"""Share of that which a block of 462 GFLOP reached on an H200, memory traffic between its products included: 0.86 ms
+(25.7 ms for 30 blocks with Inductor and cuDNN, benchmarks/LOG.md)."""
 
 
 def gpu_seconds(flops: float, device: torch.device) -> float:

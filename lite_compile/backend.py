@@ -16,7 +16,7 @@ from .clock_source import ClockSource
 from .decisions import GraphReport, record
 from .dense_layers import DenseLayers
 from .errors import OptionValueError, UnsupportedAttentionError
-from .find_root import describe_root, find_root
+from .find_root import describe_root, find_root, is_below_root
 from .options import Options
 from .passes.attention_site import AttentionSite
 from .passes.decide_attention import Rewrite, decide_attention
@@ -97,7 +97,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     sites += find_nested_attention(graph)
     per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
     # Only of blocks: a whole model, which may be announced, is launched without modules of Python in between.
-    is_block = clock is ClockSource.ROOT and is_compiled_by_itself(sites)
+    is_block = clock is ClockSource.ROOT and is_below_root({site.layer for site in sites})
     launch_bound = find_launch_bound(graph, sites, settings) if is_block else None
     decisions = decide_attention(sites, description if clock is None else None, known, per_step, launch_bound)
     dense_layers: DenseLayers | frozenset[str] = settings.dense_layers
@@ -168,15 +168,6 @@ def find_clock(graph: fx.GraphModule, sites: Sequence[AttentionSite]) -> tuple[C
     if active_generation(map(id, real_parameters(graph.graph))) is not None:
         return ClockSource.ANNOUNCED, "announced by lite_compile.generation"
     return None, "; ".join(filter(None, (inputs, root)))
-
-
-def is_compiled_by_itself(sites: Sequence[AttentionSite]) -> bool:
-    """Whether the graph is of a module below the root: what a graph break left names its layers as the root does."""
-    root = find_root()
-    if isinstance(root, str):
-        return False
-    model = getattr(root[0], "_orig_mod", root[0])
-    return not {site.layer for site in sites} & dict(model.named_modules()).keys()
 
 
 def is_whole(gm: fx.GraphModule) -> bool:

@@ -10,7 +10,7 @@ import inspect
 import itertools
 import sys
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from types import FrameType
 from typing import Any
@@ -72,6 +72,18 @@ def find_root() -> RootFrame | str:
         else:
             found = (module, frame, args, kwargs)
     return found or per_token or missing
+
+
+def is_below_root(layers: Collection[str]) -> bool:
+    """Whether a graph with these layers is of a module below the root: none is called what the root calls its own.
+
+    What a graph break leaves of the root's forward names its layers as the root does.
+    """
+    root = find_root()
+    if isinstance(root, str):
+        return False
+    model = getattr(root[0], "_orig_mod", root[0])
+    return not dict(model.named_modules()).keys() & set(layers)
 
 
 def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:

@@ -188,8 +188,8 @@ class Options:
         "auto",
         _integer_or_auto(1, 2**31 - 1),
         "Attention over fewer tokens than this stays dense. 'auto': the length from which on the kernel that would be "
-        "used is faster than dense attention once some 40 % of the tiles are skipped (1024 to 4096), and nothing of a "
-        "block with so little work that the host is what is waited for.",
+        "used is faster than dense attention once some 40 % of the tiles are skipped (1024 to 4096). It also leaves "
+        "blocks dense that have so little work that the host is what is waited for.",
     )
     max_streams: int = _option(
         4,
