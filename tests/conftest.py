@@ -14,6 +14,8 @@ sys.path[:] = [entry for entry in sys.path if str(Path(entry or ".").resolve()) 
 
 # The models are tiny and the suite runs in several processes: threads would only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Each of the fresh processes would begin with a pool of compile workers as large as the machine.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
