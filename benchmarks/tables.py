@@ -20,9 +20,13 @@ PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT /
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
 ATTENTION = ("bench-gpu-h100.json",)
-FORWARD = ("bench-forward-h100.json", "bench-forward-h100-40-layers.json")
+FORWARD = (
+    "bench-forward-h100.json",
+    "bench-forward-h100-40-layers.json",
+    "bench-forward-h100-4096-blocks.json",
+)
 FORWARD_BEFORE = ("bench-forward-h200.json",)
-"""Of each shape or model the first of these files that has it counts."""
+"""Of each shape, and of each model and what is compiled of it, the first of these files that has it counts."""
 SHARES = (0.0, 0.42, 0.57, 0.77)
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
@@ -48,16 +52,16 @@ def table(header: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def load_newest(names: Sequence[str], what: str) -> tuple[list[Row], str]:
-    """Of each value of the column `what` the rows of the first run that has it; and where they are from."""
+def load_newest(names: Sequence[str], case: Callable[[Row], str]) -> tuple[list[Row], str]:
+    """Of each `case` the rows of the first run that has it; and where they are from."""
     rows: list[Row] = []
     about = ""
     for name in names:
         run = load(name)
-        known = [row[what] for row in rows]
-        new = [row for row in run["rows"] if row[what] not in known]
+        known = [case(row) for row in rows]
+        new = [row for row in run["rows"] if case(row) not in known]
         rows += new
-        values = ", ".join(dict.fromkeys(str(row[what]) if what == "model" else shape_name(row) for row in new))
+        values = ", ".join(dict.fromkeys(map(case, new)))
         about += (
             f"\n{values}: {run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']} "
             f"(`benchmarks/results/{name}`).\n"
@@ -68,6 +72,11 @@ def load_newest(names: Sequence[str], what: str) -> tuple[list[Row], str]:
 def shape_name(row: Row) -> str:
     """`B x H x S x D`."""
     return " x ".join(map(str, row["shape"]))
+
+
+def model_name(row: Row) -> str:
+    """The model and what of it was compiled."""
+    return f"{row['model']} ({row['compiled']})"
 
 
 def key(row: Row) -> tuple[tuple[int, ...], str, str]:
@@ -90,7 +99,7 @@ def share_of(row: Row) -> float:
 
 def attention() -> str:
     """Every row of the runs of `bench_gpu.py`."""
-    found, about = load_newest(ATTENTION, "shape")
+    found, about = load_newest(ATTENTION, shape_name)
     header = ["B x H x S x D", "kernel", "mask", "skipped"]
     header += ["ms", "cold, ms", "effective TF", "x cuDNN", "time / ideal", "error"]
     rows = [
@@ -105,7 +114,7 @@ def attention() -> str:
 
 def attention_short() -> str:
     """Speed-up over cuDNN at three levels of scattered skipping, for both kernels."""
-    measured, about = load_newest(ATTENTION, "shape")
+    measured, about = load_newest(ATTENTION, shape_name)
     rows = []
     for shape in dict.fromkeys(tuple(row["shape"]) for row in measured):
         for kernel in ("hopper", "triton"):
@@ -134,7 +143,7 @@ def break_even() -> str:
 
 def forward(names: Sequence[str] = FORWARD) -> str:
     """Speed-up of one forward of a transformer."""
-    measured, about = load_newest(names, "model")
+    measured, about = load_newest(names, model_name)
     assert all(row["kernel"] != "dense" for row in measured), "attention stayed dense: measure with --min-seq-len"
     rows = []
     for model, part in dict.fromkeys((row["model"], row["compiled"]) for row in measured):
