@@ -165,6 +165,25 @@ def forward(names: Sequence[str] = FORWARD) -> str:
     return table(header, rows) + about
 
 
+def resources() -> str:
+    """What the portable kernel is compiled to: without and with a bias, by the oldest and the newest Triton."""
+    old, new = (load(f"kernel-resources-triton-{version}.json") for version in ("3.6", "3.9"))
+    plain, biased = ([row for row in new["rows"] if row["bias"] is bias] for bias in (False, True))
+    spilled = [[f"{row['spilled_bytes']}" for row in old["rows"] if row["bias"] is bias] for bias in (False, True)]
+    header = ["capability", "D", "tile", "warps", "stages", "loads", "registers", "spilled, bytes"]
+    header += [f"spilled, Triton {old['triton']}", "shared, KB", "blocks at once", "limited by"]
+    rows = [
+        (
+            f"{a['arch'] / 10:.1f}", f"{a['head_dim']}", f"{a['tile'][0]} x {a['tile'][1]}", f"{a['warps']}",
+            f"{a['stages']}", "TMA" if a["tma"] else "pointers", f"{a['registers']} / {b['registers']}",
+            f"{a['spilled_bytes']} / {b['spilled_bytes']}", f"{old_a} / {old_b}",
+            f"{a['shared_kb']:.0f} / {b['shared_kb']:.0f}", f"{a['blocks']}", a["limit"],
+        )
+        for a, b, old_a, old_b in zip(plain, biased, *spilled, strict=True)
+    ]  # fmt: skip
+    return table(header, rows) + f"\nbfloat16, Triton {new['triton']} but where it says {old['triton']}.\n"
+
+
 def suites() -> str:
     """The GPU test runs."""
     header = ("device", "dtype", "torch", "triton", "commit", "passed", "failed", "skipped", "file")
@@ -266,6 +285,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "break-even": break_even,
     "forward": forward,
     "forward-before": lambda: forward(FORWARD_BEFORE),
+    "resources": resources,
     "gpu-tests": suites,
     "fidelity": fidelity,
     "fidelity-calibrated": lambda: fidelity(FIDELITY_CALIBRATED),

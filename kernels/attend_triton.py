@@ -126,7 +126,8 @@ CONFIGS: dict[tuple[int, int], dict[tuple[int, int], LaunchConfig]] = {
     (12, 0): _SMALL_SHARED_MEMORY,
 }  # fmt: skip
 """By lowest compute capability of the class, then by (bits of the dtype, largest head dim). Fixed, not tuned at run
-time: the kernel mutates its state, and the tile size is the granularity of the masks."""
+time: the kernel mutates its state, and the tile size is the granularity of the masks. But for 9.0 no card was at hand:
+chosen by registers, spills, shared memory and occupancy of offline compilations (benchmarks/kernel_resources.py)."""
 
 TMA_CONFIGS = {(16, 64): _config(64, 128, 4, 3, by_tma=True), (16, 128): _config(128, 128, 8, 3, by_tma=True)}
 """In place of `CONFIGS` on compute capability 9.x, for head dims that are multiples of 8, which TMA can step over. The

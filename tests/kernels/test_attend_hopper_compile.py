@@ -10,7 +10,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from test_attend_triton_compile import Build, resource_usage  # noqa: E402
+from kernel_resources import Build, resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 

@@ -3,84 +3,31 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import tempfile
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
 
 triton = pytest.importorskip("triton")
 
+from kernel_resources import (  # noqa: E402
+    BF16,
+    BLOCK_SHARED_KB,
+    FP16,
+    FP32,
+    POINTERS,
+    Build,
+    compile_attend_triton,
+    occupancy,
+    resource_usage,
+)  # fmt: skip
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from lite_compile.kernels import attend_triton, dropped_mass_triton  # noqa: E402
 
-BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
-SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 TMA_LOAD = "cp.async.bulk.tensor"
 MATRIX_INSTRUCTION = re.compile(r"\b(mma\.sync|wgmma\.mma_async|tcgen05\.mma)\b")
-
-
-class Build(NamedTuple):
-    ptx: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-
-
-def compile_offline(
-    arch: int, dtype: torch.dtype, head_dim: int, even_k: bool = False, has_bias: bool = False,
-    has_kinds: bool = False, by_mass: bool = False,
-) -> Build:  # fmt: skip
-    """Compile for `sm_<arch>` what is launched there; 16-byte aligned pointers and strides."""
-    kernel = attend_triton._attend_kernel
-    config = attend_triton._launch_config(divmod(arch, 10), dtype, head_dim)
-    constants: dict[str, Any] = {
-        "HEAD_DIM": head_dim, "BLOCK_D": triton.next_power_of_2(head_dim),
-        "TILE_Q": config.tile.q, "TILE_K": config.tile.k, "EVEN_K": even_k, "HAS_BIAS": has_bias, "HAS_LSE": True,
-        "BY_MASS": by_mass, "HAS_KINDS": has_kinds, "BY_TMA": config.by_tma,
-    }  # fmt: skip
-    if not has_bias:
-        constants["key_bias"] = None
-    if not has_kinds:
-        constants["key_tiles"] = None
-    types = dict.fromkeys(("q", "k", "v", "out"), POINTERS[dtype])
-    if config.by_tma:
-        rows = {"q": config.tile.q, "k": config.tile.k, "v": config.tile.k}
-        columns = constants["BLOCK_D"]
-        types |= {name: f"tensordesc<{POINTERS[dtype][1:]}[1,1,{rows[name]},{columns}]>" for name in rows}
-    types |= {
-        "key_bias": "*fp32",
-        "lse": "*fp32",
-        "state": "*i32",
-        "now": "*i32",
-        "scratch": "*i16",
-        "key_tiles": "*i8",
-    }
-    types |= {"qk_scale": "fp32", "threshold": "*fp32"} | dict.fromkeys(constants, "constexpr")
-    signature = {name: types.get(name, "i32") for name in kernel.arg_names}
-    pointers = [name for name, kind in signature.items() if kind.startswith("*") and name != "threshold"]
-    aligned = [i for i, name in enumerate(signature) if name in pointers or "_stride_" in name]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
-    options = {"num_warps": config.warps, "num_stages": config.stages, "enable_fp_fusion": True}
-    built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    return Build(built.asm["ptx"], *resource_usage(built.asm["cubin"]), built.metadata.shared)
-
-
-def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int, int]:
-    """Registers per thread and bytes of stack, where spilled registers go."""
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        listing = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
-    found = re.search(rf"Function {function}:\s*REG:(\d+) STACK:(\d+)", listing)
-    assert found, listing
-    return int(found[1]), int(found[2])
 
 
 @pytest.mark.parametrize(
@@ -96,14 +43,14 @@ def resource_usage(cubin: bytes, function: str = "_attend_kernel") -> tuple[int,
 def test_compiles_for(
     arch: int, dtype: torch.dtype, head_dim: int, has_bias: bool, has_kinds: bool, by_mass: bool
 ) -> None:
-    build = compile_offline(arch, dtype, head_dim, has_bias=has_bias, has_kinds=has_kinds, by_mass=by_mass)
+    build = compile_attend_triton(arch, dtype, head_dim, has_bias=has_bias, has_kinds=has_kinds, by_mass=by_mass)
     print(
         f"sm_{arch} {dtype} D={head_dim} bias={has_bias} kinds={has_kinds} mass={by_mass}: "
         f"{build.registers} registers, "
         f"{build.spilled_bytes} bytes spilled, {build.shared_bytes / 1024:.0f} KB shared, "
         f"{build.ptx.count('cp.async.c')} cp.async, {build.ptx.count(TMA_LOAD)} by TMA"
     )
-    assert build.shared_bytes <= SHARED_KB[arch] * 1024
+    assert build.shared_bytes <= BLOCK_SHARED_KB[arch] * 1024
     assert MATRIX_INSTRUCTION.search(build.ptx)
     # The loads of the main loop are pipelined: in pieces of 16 bytes, of fewer where rows start anywhere, or by TMA.
     by_tma = arch == 90 and dtype is not FP32 and head_dim in (64, 72, 128)
@@ -134,8 +81,19 @@ def test_the_probe_compiles_for(arch: int, dtype: torch.dtype, head_dim: int, ha
     built = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dropped_mass_triton.LAUNCH)
     registers, spilled = resource_usage(built.asm["cubin"], "_dropped_mass_kernel")
     print(f"sm_{arch} {dtype} D={head_dim} bias={has_bias}: {registers} registers, {spilled} bytes spilled")
-    assert built.metadata.shared <= SHARED_KB[arch] * 1024
+    assert built.metadata.shared <= BLOCK_SHARED_KB[arch] * 1024
     assert spilled == 0 or dtype is FP32
+
+
+@pytest.mark.parametrize(
+    ("arch", "registers", "shared_kb", "warps", "expected"),
+    [
+        (80, 255, 48, 8, (1, "registers")), (80, 168, 48, 4, (3, "registers")), (89, 128, 64, 8, (1, "shared memory")),
+        (90, 64, 20, 4, (8, "registers")), (89, 32, 1, 8, (6, "threads")), (90, 168, 113, 4, (2, "shared memory")),
+    ],
+)  # fmt: skip
+def test_occupancy(arch: int, registers: int, shared_kb: int, warps: int, expected: tuple[int, str]) -> None:
+    assert occupancy(arch, Build("", registers, 0, shared_kb * 1024), warps) == expected
 
 
 @pytest.mark.parametrize(

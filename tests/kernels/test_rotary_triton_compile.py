@@ -9,7 +9,7 @@ import torch
 
 triton = pytest.importorskip("triton")
 
-from test_attend_triton_compile import resource_usage  # noqa: E402
+from kernel_resources import resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
