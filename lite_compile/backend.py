@@ -97,7 +97,7 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
     sites += find_nested_attention(graph)
     per_step = clock.per_step if isinstance(clock, ClockInputs) else ()
     # Only of blocks: a whole model, which may be announced, is launched without modules of Python in between.
-    is_block = clock is ClockSource.ROOT and is_below_root({site.layer for site in sites})
+    is_block = clock is ClockSource.ROOT and is_below_root({site.layer for site in sites}, real_parameters(graph.graph))
     launch_bound = find_launch_bound(graph, sites, settings) if is_block else None
     decisions = decide_attention(sites, description if clock is None else None, known, per_step, launch_bound)
     dense_layers: DenseLayers | frozenset[str] = settings.dense_layers

@@ -74,15 +74,19 @@ def find_root() -> RootFrame | str:
     return found or per_token or missing
 
 
-def is_below_root(layers: Collection[str]) -> bool:
-    """Whether a graph with these layers is of a module below the root: none is called what the root calls its own.
+def is_below_root(layers: Collection[str], tensors: Collection[Tensor]) -> bool:
+    """Whether a graph with these layers and parameters is of a module below the root, one of several.
 
-    What a graph break leaves of the root's forward names its layers as the root does.
+    It is none that reads half of the root's parameters (a whole denoiser in a wrapper that is called with latents and
+    timestep), nor one that calls a layer what the root calls it (what a graph break leaves of the root's forward).
     """
     root = find_root()
     if isinstance(root, str):
         return False
     model = getattr(root[0], "_orig_mod", root[0])
+    known = set(map(id, model.parameters()))
+    if 2 * len(known & set(map(id, tensors))) >= len(known):
+        return False
     return not dict(model.named_modules()).keys() & set(layers)
 
 

@@ -65,7 +65,7 @@ def check_ranges(name: str, value: Any) -> tuple[Positions, ...] | None:
     allowed = (
         f"None, or a list of at most {MAX_RANGES} pairs (start, end) of positions such as [(0, 512)] or "
         "[(-256, None)], with start < end where both count from the same side, and none that counts its start from the "
-        "end and its end from the beginning"
+        "end and its end from the beginning, each less than 2^31 - 1"
     )
     if value is None:
         return None

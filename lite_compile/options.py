@@ -51,12 +51,23 @@ def _integer_or_none(minimum: int, maximum: int) -> Callable[[str, Any], int | N
 
 
 def _integer_or_auto(minimum: int, maximum: int) -> Callable[[str, Any], int | str]:
-    check = _integer(minimum, maximum, "'auto', or ")
-    return lambda name, value: value if isinstance(value, str) and value == "auto" else check(name, value)
+    instead = "'auto', or "
+    check = _integer(minimum, maximum, instead)
+    allowed = f"{instead}an integer from {minimum} to {maximum}"
+    return lambda name, value: "auto" if _is_auto(name, value, allowed) else check(name, value)
+
+
+def _is_auto(name: str, value: Any, allowed: str) -> bool:
+    """Whether a value is 'auto'; an error that says so if it nearly is."""
+    if not isinstance(value, str) or value == "auto":
+        return isinstance(value, str)
+    raise OptionTypeError(f"{wrong_type(name, value, allowed)}.{nearest(value, ['auto'])}")
 
 
 def _dense_steps(name: str, value: Any) -> DenseSteps:
-    allowed = "a pair (first, last), each an integer >= 0 that counts steps or a float from 0 to 1, a share of them"
+    allowed = (
+        "a pair (first, last), each an integer from 0 to 2^30 that counts steps or a float from 0 to 1, their share"
+    )
     if not isinstance(value, list | tuple) or len(value) != 2:
         raise wrong_type(name, value, allowed)
     if any(isinstance(part, bool) or not isinstance(part, int | float) for part in value):
@@ -81,7 +92,7 @@ def _protect(name: str, value: Any) -> tuple[Positions, ...] | Literal["auto"]:
         "[(-256, None)], with start < end where both count from the same side, and none that counts its start from "
         "the end and its end from the beginning"
     )
-    if isinstance(value, str) and value == "auto":
+    if _is_auto(name, value, allowed):
         return "auto"
     pairs = () if value is None else value
     if not isinstance(pairs, list | tuple) or not all(map(is_pair, pairs)):
@@ -91,9 +102,11 @@ def _protect(name: str, value: Any) -> tuple[Positions, ...] | Literal["auto"]:
     return tuple((start, end) for start, end in pairs)
 
 
-def _one_of(*choices: str) -> Callable[[str, Any], str]:
+def _one_of(*choices: str, instead: str = "") -> Callable[[str, Any], str]:
+    """`instead`: what else is allowed, for the message."""
+
     def check(name: str, value: Any) -> str:
-        allowed = " | ".join(repr(choice) for choice in choices)
+        allowed = instead + " | ".join(repr(choice) for choice in choices)
         if not isinstance(value, str):
             raise wrong_type(name, value, allowed)
         if value not in choices:
@@ -104,7 +117,7 @@ def _one_of(*choices: str) -> Callable[[str, Any], str]:
 
 
 def _qk_dtype(name: str, value: Any) -> str | None:
-    return None if value is None else _one_of("int8", "fp8")(name, value)
+    return None if value is None else _one_of("int8", "fp8", instead="None | ")(name, value)
 
 
 def _mode(name: str, value: Any) -> str | None:
@@ -112,7 +125,7 @@ def _mode(name: str, value: Any) -> str | None:
         return None
     from torch._inductor import list_mode_options
 
-    return _one_of(*list_mode_options())(name, value)
+    return _one_of(*list_mode_options(), instead="None | ")(name, value)
 
 
 def _inductor(name: str, value: Any) -> dict[str, Any]:
@@ -208,7 +221,7 @@ class Options:
         "auto",
         _one_of("auto", "hopper", "triton", "cpu"),
         "Which kernel computes the rewritten attention. 'auto' takes 'hopper' where it can (compute capability 9.0, 16 "
-        "bits, head dims up to 128, no attention mask), else the portable 'triton', and 'cpu' on CPUs. Compiling "
+        "bits, head dims up to 128 that are multiples of 8), else the portable 'triton', and 'cpu' on CPUs. Compiling "
         "raises an error where the one asked for cannot be used.",
     )
     qk_dtype: Literal["int8", "fp8"] | None = _option(

@@ -17,7 +17,15 @@ from ..errors import OptionValueError
 from ..kernels.select_kernel import BREAK_EVEN, MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .attention_site import AttentionSite, Declined, Protection
-from .graph_inputs import NESTED, fake_tensor, fake_value, follow_from_inputs, size_hint, special_kind
+from .graph_inputs import (
+    NESTED,
+    fake_tensor,
+    fake_value,
+    follow_from_inputs,
+    serve_only_below,
+    size_hint,
+    special_kind,
+)
 from .match_key_mask import match_key_mask
 from .place_output import OutputPlace, place_output
 from .planned_nodes import Operand
@@ -171,16 +179,20 @@ def _decide(
 
 
 def _is_too_short(q: torch.Tensor, kernel: Kernel | str, options: Options) -> str | None:
-    """Why the sequence is too short for a kernel to pay, or None."""
+    """Why the sequence is too short for a kernel to pay, or None. If it is, ones that are not are compiled anew."""
     tokens = size_hint(q.shape[2])
     assert tokens is not None
     if isinstance(options.min_seq_len, int):
-        return f"{tokens} tokens, min_seq_len={options.min_seq_len}" if tokens < options.min_seq_len else None
-    if isinstance(kernel, str):
-        return f"{tokens} tokens" if tokens < min(BREAK_EVEN.values()) else None
-    if tokens < kernel.break_even:
-        return f"{tokens} tokens; the {kernel.name} kernel pays from {kernel.break_even} on (option min_seq_len)"
-    return None
+        least, why = options.min_seq_len, f", min_seq_len={options.min_seq_len}"
+    elif isinstance(kernel, str):
+        least, why = min(BREAK_EVEN.values()), ""
+    else:
+        least = kernel.break_even
+        why = f"; the {kernel.name} kernel pays from {least} on (option min_seq_len)"
+    if tokens >= least:
+        return None
+    serve_only_below(q.shape[2], least)
+    return f"{tokens} tokens{why}"
 
 
 def _may_share_heads(site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import fx
@@ -11,33 +12,43 @@ from torch import fx
 from ..kernels.launch_cost import gpu_seconds, host_seconds
 from ..options import Options
 from .attention_site import AttentionSite
-from .graph_inputs import fake_tensor, size_hint, special_kind
+from .graph_inputs import fake_tensor, serve_only_below, size_hint, special_kind
 from .trace_projections import is_product
+
+SMALL_SHARE = 1 / 50
+"""Products with less than this share of the largest one's operations are small: a LoRA adapter's, not a block's own."""
 
 
 def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], options: Options) -> str | None:
     """Why the graph would be slower for our op, which takes the host longer than dense attention does; None: it is not.
 
     Nothing is said where the user asks for more than speed or says what to rewrite, where CUDA graphs launch, and of
-    devices, dtypes and sizes for which nobody knows. Asking adds no guard.
+    devices, dtypes and sizes for which nobody knows. Where there is a reason, sizes for which there would be none by
+    this estimate are compiled anew: a short clip must not leave the long ones after it dense.
     """
-    given = (
+    wants_more_than_speed = (
         options.min_seq_len != "auto", options.kernel != "auto", options.qk_dtype, options.history, options.probe,
         options.must_skip is not None, options.must_compute is not None,
     )  # fmt: skip
-    if any(given) or _has_cuda_graphs(options):
+    if any(wants_more_than_speed) or _has_cuda_graphs(options):
         return None
     queries = [q for site in sites if (q := fake_tensor(site.q)) is not None]
-    if not queries or any(q.device.type != "cuda" or q.dtype.itemsize != 2 for q in queries):
+    if not queries or not all(map(_has_known_speed, queries)):
         return None
-    products, flops = count_products(gm.graph, sites)
-    host, gpu = host_seconds(products), gpu_seconds(flops, queries[0].device)
-    if not gpu < host:  # NaN where a size is unknown and another zero
+    work = count_products(gm.graph, sites)
+    host, gpu = host_seconds(work.products, work.small), gpu_seconds(work.flops, queries[0].device)
+    if not 0 < gpu < host:  # NaN where a size is unknown and another zero
         return None
+    tokens = max((q.shape[0] * q.shape[2] for q in queries), key=lambda size: size_hint(size) or 0)
+    serve_only_below(tokens, math.floor((size_hint(tokens) or 0) * host / gpu) + 1)
     return (
-        f"launching {products} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
+        f"launching {work.products} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
         f"{1e3 * gpu:.1f} ms; compile the whole model, or with CUDA graphs (mode='reduce-overhead'), or set min_seq_len"
     )
+
+
+def _has_known_speed(x: torch.Tensor) -> bool:
+    return x.device.type == "cuda" and x.dtype.itemsize == 2
 
 
 def _has_cuda_graphs(options: Options) -> bool:
@@ -46,12 +57,23 @@ def _has_cuda_graphs(options: Options) -> bool:
     return bool(options.inductor_config().get("triton.cudagraphs", inductor.triton.cudagraphs))
 
 
-def count_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> tuple[int, float]:
-    """How many matrix products and attentions a graph has, and their floating-point operations; infinite if unknown."""
-    inner = {node for site in sites for node in (site.node, *site.inner)}
-    flops = [_product_flops(node) for node in graph.nodes if node not in inner and is_product(node)]
+class Work(NamedTuple):
+    """Matrix products and attentions of a graph."""
+
+    products: int
+    small: int
+    """How many of them are small beside the largest."""
+    flops: float
+    """Floating-point operations; infinite if unknown."""
+
+
+def count_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> Work:
+    """Count a graph's matrix products, attentions among them, and their operations. Asking adds no guard."""
+    of_sites = {node for site in sites for node in (site.node, *site.inner)}
+    flops = [_product_flops(node) for node in graph.nodes if node not in of_sites and is_product(node)]
     flops += [_attention_flops(site) for site in sites]
-    return len(flops), math.fsum(flops)
+    least = SMALL_SHARE * max(flops, default=0.0)
+    return Work(len(flops), sum(one < least for one in flops), math.fsum(flops))
 
 
 def _product_flops(node: fx.Node) -> float:

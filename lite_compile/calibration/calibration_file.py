@@ -108,7 +108,7 @@ def load_calibration(path: str | os.PathLike[str]) -> CalibratedThresholds:
     source = os.fspath(path)
     try:
         text = Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # of a NUL in the name, of what is no UTF-8
         reason = "there is no such file" if isinstance(error, FileNotFoundError) else f"it cannot be read ({error})"
         raise _bad(source, reason) from error
     try:

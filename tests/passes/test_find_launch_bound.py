@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -32,14 +33,27 @@ GPUS = {
 DIM_1_3B, DIM_14B = (1536, 8960), (5120, 13824)
 
 
+class Adapted(nn.Linear):
+    """A linear layer with a LoRA adapter of that rank; 0: without."""
+
+    def __init__(self, features: int, out_features: int, rank: int) -> None:
+        super().__init__(features, out_features)
+        self.rank = rank
+        self.a, self.b = nn.Linear(features, rank, bias=False), nn.Linear(rank, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return out + self.b(self.a(x)) if self.rank else out
+
+
 class Block(nn.Module):
     """The products of a block of Wan; no memory."""
 
-    def __init__(self, dim: int, ffn: int) -> None:
+    def __init__(self, dim: int, ffn: int, rank: int = 0) -> None:
         super().__init__()
         with torch.device("meta"):
-            self.own, self.other = (nn.ModuleList(nn.Linear(dim, dim) for _ in range(4)) for _ in range(2))
-            self.up, self.down = nn.Linear(dim, ffn), nn.Linear(ffn, dim)
+            self.own, self.other = (nn.ModuleList(Adapted(dim, dim, rank) for _ in range(4)) for _ in range(2))
+            self.up, self.down = Adapted(dim, ffn, rank), Adapted(ffn, dim, rank)
         self.to(torch.bfloat16)
 
     def forward(self, x: Tensor, text: Tensor) -> Tensor:
@@ -51,12 +65,16 @@ class Block(nn.Module):
 
 
 def graph_of(
-    tokens: int, sizes: tuple[int, int] = DIM_1_3B, device: str = "cuda", dtype: torch.dtype = torch.bfloat16
+    tokens: int,
+    sizes: tuple[int, int] = DIM_1_3B,
+    device: str = "cuda",
+    dtype: torch.dtype = torch.bfloat16,
+    rank: int = 0,
 ) -> fx.GraphModule:
     """The graph of a block with as many tokens and 512 of text, as if it were on that device, of that dtype."""
     dim, ffn = sizes
     arguments = (torch.empty(1, length, dim, dtype=torch.bfloat16, device="meta") for length in (tokens, 512))
-    gm = capture(Block(dim, ffn), *arguments)
+    gm = capture(Block(dim, ffn, rank), *arguments)
     with FakeTensorMode():
         for node in gm.graph.nodes:
             value = node.meta.get("example_value")
@@ -85,13 +103,13 @@ def test_products_are_counted_as_torch_counts_them(model: nn.Module) -> None:
     wan = {"hidden_states": noise(0), "timestep": torch.tensor([500.0]), "encoder_hidden_states": prompt(0)}
     args, kwargs = (inputs(), {}) if isinstance(model, Denoiser) else ((), wan)
     gm = capture(model, *args, **kwargs)
-    number, flops = count_products(gm.graph, find_attention(gm))
+    work = count_products(gm.graph, find_attention(gm))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # which is made of products that are counted
         model(*args, **kwargs)
     # Of a product of one row the bias may be larger than the row, and is taken for it.
-    assert math.isclose(flops, counter.get_total_flops(), rel_tol=1e-3)
-    assert number >= 8
+    assert math.isclose(work.flops, counter.get_total_flops(), rel_tol=1e-3)
+    assert work.products >= 8
 
 
 def test_an_attention_spelled_as_products_is_counted_once() -> None:
@@ -164,6 +182,15 @@ def test_blocks_with_too_little_work(gpu: None, tokens: int, sizes: tuple[int, i
     assert (launch_bound(graph_of(tokens, sizes)) is not None) is bound
 
 
+@pytest.mark.parametrize(("tokens", "bound"), [(4096, True), (8192, False)])
+def test_an_adapter_does_not_make_a_long_block_dense(gpu: None, tokens: int, bound: bool) -> None:
+    gm = graph_of(tokens, rank=16)
+    work = count_products(gm.graph, find_attention(gm))
+    assert work.products == 12 + 20
+    assert 20 <= work.small <= 22  # projections of text may be small, too
+    assert (launch_bound(gm) is not None) is bound
+
+
 def test_the_report_says_what_takes_how_long_and_what_helps(gpu: None) -> None:
     detail = launch_bound(graph_of(4096))
     assert detail is not None
@@ -233,6 +260,49 @@ def test_what_a_graph_break_leaves_of_a_whole_model_is_rewritten(monkeypatch: py
     assert any(graph.sites and graph.clock.startswith("hooks on") for graph in lite_compile.report().graphs)
     assert Reason.LAUNCHES not in lite_compile.report().reasons()
     assert len(lite_compile.report().rewritten) == len(model.blocks)
+
+
+class Wrapped(nn.Module):
+    """Calls a denoiser whose arguments have names that nobody knows."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, latents: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        out: Tensor = self.denoiser(latents, timestep, prompt)
+        return out
+
+
+class OddlyNamed(Denoiser):
+    def forward(self, img: Tensor, when: Tensor, txt: Tensor) -> Tensor:
+        return super().forward(img, when, txt)
+
+
+class AttentionOfItsOwn(nn.Module):
+    """A root whose own forward attends, after a graph break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_qkv = nn.Linear(32, 96)
+
+    def forward(self, latents: Tensor, timestep: Tensor, prompt: Tensor) -> Tensor:
+        x = latents + timestep[:, None, None]
+        torch._dynamo.graph_break()
+        q, k, v = (y.unflatten(-1, (2, -1)).transpose(1, 2) for y in self.to_qkv(x).chunk(3, -1))
+        return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+@pytest.mark.parametrize("make", [lambda run: Wrapped(run(OddlyNamed())), lambda run: run(AttentionOfItsOwn())])
+def test_a_whole_denoiser_is_no_block(make: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    lite_compile.clear_report()
+    torch._dynamo.reset()
+    options = {"inner": "eager", "min_seq_len": 16}
+    model = make(lambda module: torch.compile(module, backend="liteattention", options=options))
+    with torch.no_grad():
+        model(*inputs())
+    assert len(lite_compile.report().rewritten) == 1
 
 
 def test_estimates_grow_with_what_is_estimated(gpu: None) -> None:
