@@ -78,16 +78,19 @@ def is_below_root(layers: Collection[str], tensors: Collection[Tensor]) -> bool:
     """Whether a graph with these layers and parameters is of a module below the root, one of several.
 
     It is none that reads half of the root's parameters (a whole denoiser in a wrapper that is called with latents and
-    timestep), nor one that calls a layer what the root calls it (what a graph break leaves of the root's forward).
+    timestep), nor one that calls a layer what the root calls it (what a graph break leaves of the root's forward);
+    but of two layers of one name the parameters tell.
     """
     root = find_root()
     if isinstance(root, str):
         return False
     model = getattr(root[0], "_orig_mod", root[0])
-    known = set(map(id, model.parameters()))
-    if 2 * len(known & set(map(id, tensors))) >= len(known):
+    known, held = set(map(id, model.parameters())), set(map(id, tensors))
+    if 2 * len(known & held) >= len(known):
         return False
-    return not dict(model.named_modules()).keys() & set(layers)
+    modules = dict(model.named_modules())
+    of_same_name = (set(map(id, modules[layer].parameters())) for layer in layers if layer in modules)
+    return all(parameters and not parameters & held for parameters in of_same_name)
 
 
 def read_arguments(module: nn.Module, args: Sequence[Any], kwargs: dict[str, Any]) -> ClockArguments | str:

@@ -305,6 +305,21 @@ def test_a_whole_denoiser_is_no_block(make: Callable[..., nn.Module], monkeypatc
     assert len(lite_compile.report().rewritten) == 1
 
 
+@pytest.mark.parametrize("refined", [False, True])
+def test_a_block_may_call_its_layers_what_the_root_calls_another(
+    refined: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    lite_compile.clear_report()
+    torch._dynamo.reset()
+    model = tiny_wan()
+    if refined:
+        model.attn1 = nn.Linear(3, 3)
+    model.compile_repeated_blocks(backend="liteattention", options=OPTIONS)
+    denoise(model, noise(0), [prompt(0)], 2)
+    assert Reason.LAUNCHES in lite_compile.report().reasons()
+
+
 def test_estimates_grow_with_what_is_estimated(gpu: None) -> None:
     seconds = launch_cost.gpu_seconds(462e9, torch.device("cuda"))
     assert seconds == pytest.approx(0.87e-3, rel=0.03), "what was measured"
