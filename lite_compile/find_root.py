@@ -79,7 +79,8 @@ def is_below_root(layers: Collection[str], tensors: Collection[Tensor]) -> bool:
 
     It is none that reads half of the root's parameters (a whole denoiser in a wrapper that is called with latents and
     timestep), nor one that calls a layer what the root calls it (what a graph break leaves of the root's forward);
-    but of two layers of one name the parameters tell.
+    but of two layers of one name the parameters tell. What is found wrongly to be a block (a whole denoiser that holds
+    less than half of what its wrapper does) is left dense only where it has little work.
     """
     root = find_root()
     if isinstance(root, str):

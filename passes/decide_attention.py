@@ -17,18 +17,19 @@ from ..errors import OptionValueError
 from ..kernels.select_kernel import BREAK_EVEN, MAX_HEAD_DIM, MIN_HEAD_DIM, Kernel, select_kernel
 from ..options import Options
 from .attention_site import AttentionSite, Declined, Protection
+from .find_launch_bound import LaunchBound
 from .graph_inputs import (
     NESTED,
     fake_tensor,
     fake_value,
     follow_from_inputs,
-    serve_only_below,
     size_hint,
     special_kind,
 )
 from .match_key_mask import match_key_mask
 from .place_output import OutputPlace, place_output
 from .planned_nodes import Operand
+from .served_sizes import Below, serve_only
 from .trace_projections import same_source, trace_projections
 
 _ANNOUNCE = (
@@ -61,6 +62,8 @@ class Decline:
     site: AttentionSite
     reason: Reason
     detail: str = ""
+    below: Below | None = None
+    """Of what sizes alone this holds of a site that else would be rewritten."""
 
 
 def decide_attention(
@@ -68,9 +71,10 @@ def decide_attention(
     missing_clock: str | None,
     options: Options,
     per_step: Sequence[fx.Node] = (),
-    launch_bound: str | None = None,
+    launch_bound: LaunchBound | None = None,
 ) -> list[Rewrite | Decline]:
-    """One decision per site. The graph is not changed.
+    """One decision per site. The graph is not changed; where one holds of short sequences alone, longer ones are
+    compiled anew: a short clip must not leave the long ones after it dense.
 
     Args:
         missing_clock: what the clock lacks, or None.
@@ -82,11 +86,13 @@ def decide_attention(
     for site in sites:
         decision = _decide(site, missing_clock, options, per_step)
         if isinstance(decision, Rewrite) and launch_bound is not None:
-            decision = Decline(site, Reason.LAUNCHES, launch_bound)
+            decision = Decline(site, Reason.LAUNCHES, *launch_bound)
         if isinstance(decision, Rewrite):
             device = device or decision.device
             if decision.device != device:
                 decision = Decline(site, Reason.DEVICE, f"{decision.device}; the graph's state is on {device}")
+        if isinstance(decision, Decline) and decision.below is not None:
+            serve_only(decision.below)
         decisions.append(decision)
     return decisions
 
@@ -149,9 +155,13 @@ def _decide(
             site, Reason.HEAD_DIM, f"{dim}, v has {v.shape[3]}; {MIN_HEAD_DIM} to {MAX_HEAD_DIM} is supported"
         )
     kernel = select_kernel(q.device, q.dtype, dim, options.kernel, options.qk_dtype)
-    too_short = _is_too_short(q, kernel, options)
-    if too_short is not None:
-        return Decline(site, Reason.SHORT, too_short)
+    least, why = _shortest(kernel, options)
+    tokens = size_hint(q.shape[2])
+    assert tokens is not None
+    if tokens < least:
+        else_rewritten = missing_clock is None and not site.in_subgraph and isinstance(kernel, Kernel)
+        below = Below(q.shape[2], least) if else_rewritten and isinstance(protection, Protection) else None
+        return Decline(site, Reason.SHORT, f"{tokens} tokens{why}", below)
     if not isinstance(protection, Protection):
         return Decline(site, *protection)
     if isinstance(kernel, str):
@@ -178,21 +188,13 @@ def _decide(
     return Rewrite(site, scale, kernel, weight, q.device, place, protection, key_bias)
 
 
-def _is_too_short(q: torch.Tensor, kernel: Kernel | str, options: Options) -> str | None:
-    """Why the sequence is too short for a kernel to pay, or None. If it is, ones that are not are compiled anew."""
-    tokens = size_hint(q.shape[2])
-    assert tokens is not None
+def _shortest(kernel: Kernel | str, options: Options) -> tuple[int, str]:
+    """From how many tokens on a kernel pays, and who says so."""
     if isinstance(options.min_seq_len, int):
-        least, why = options.min_seq_len, f", min_seq_len={options.min_seq_len}"
-    elif isinstance(kernel, str):
-        least, why = min(BREAK_EVEN.values()), ""
-    else:
-        least = kernel.break_even
-        why = f"; the {kernel.name} kernel pays from {least} on (option min_seq_len)"
-    if tokens >= least:
-        return None
-    serve_only_below(q.shape[2], least)
-    return f"{tokens} tokens{why}"
+        return options.min_seq_len, f", min_seq_len={options.min_seq_len}"
+    if isinstance(kernel, str):
+        return min(BREAK_EVEN.values()), ""
+    return kernel.break_even, f"; the {kernel.name} kernel pays from {kernel.break_even} on (option min_seq_len)"
 
 
 def _may_share_heads(site: AttentionSite, q: torch.Tensor, k: torch.Tensor) -> bool:

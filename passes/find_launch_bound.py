@@ -6,25 +6,34 @@ import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import sympy
 import torch
 from torch import fx
 
 from ..kernels.launch_cost import gpu_seconds, host_seconds
 from ..options import Options
 from .attention_site import AttentionSite
-from .graph_inputs import fake_tensor, serve_only_below, size_hint, special_kind
+from .graph_inputs import fake_tensor, size_hint, special_kind
+from .served_sizes import Below, symbols_of
 from .trace_projections import is_product
 
 SMALL_SHARE = 1 / 50
 """Products with less than this share of the largest one's operations are small: a LoRA adapter's, not a block's own."""
 
 
-def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], options: Options) -> str | None:
+class LaunchBound(NamedTuple):
+    """Why a graph had better stay dense."""
+
+    detail: str
+    below: Below | None
+    """Of what sizes alone this is said; None: the graph has no other."""
+
+
+def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], options: Options) -> LaunchBound | None:
     """Why the graph would be slower for our op, which takes the host longer than dense attention does; None: it is not.
 
     Nothing is said where the user asks for more than speed or says what to rewrite, where CUDA graphs launch, and of
-    devices, dtypes and sizes for which nobody knows. Where there is a reason, sizes for which there would be none by
-    this estimate are compiled anew: a short clip must not leave the long ones after it dense.
+    devices, dtypes and sizes for which nobody knows. Asking adds no guard.
     """
     wants_more_than_speed = (
         options.min_seq_len != "auto", options.kernel != "auto", options.qk_dtype, options.history, options.probe,
@@ -35,16 +44,36 @@ def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], option
     queries = [q for site in sites if (q := fake_tensor(site.q)) is not None]
     if not queries or not all(map(_has_known_speed, queries)):
         return None
-    work = count_products(gm.graph, sites)
-    host, gpu = host_seconds(work.products, work.small), gpu_seconds(work.flops, queries[0].device)
+    products, device = list_products(gm.graph, sites), queries[0].device
+    host, gpu = host_seconds(len(products), count_small(products)), gpu_seconds(total_flops(products), device)
     if not 0 < gpu < host:  # NaN where a size is unknown and another zero
         return None
-    tokens = max((q.shape[0] * q.shape[2] for q in queries), key=lambda size: size_hint(size) or 0)
-    serve_only_below(tokens, math.floor((size_hint(tokens) or 0) * host / gpu) + 1)
-    return (
-        f"launching {work.products} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
+    detail = (
+        f"launching {len(products)} products may take the host {1e3 * host:.1f} ms, computing them takes the GPU "
         f"{1e3 * gpu:.1f} ms; compile the whole model, or with CUDA graphs (mode='reduce-overhead'), or set min_seq_len"
     )
+    return LaunchBound(detail, _find_limit(products, queries, host, device))
+
+
+def _find_limit(
+    products: Sequence[Product], queries: Sequence[torch.Tensor], host: float, device: torch.device
+) -> Below | None:
+    """How many tokens the GPU, too, takes `host` seconds for: in one batch self-attention grows with the square of
+    their number, other products with their number, or not at all, such as projections of text.
+    """
+    symbolic = [q for q in queries if isinstance(q.shape[0] * q.shape[2], torch.SymInt)]
+    if not symbolic:
+        return None
+    longest = max(symbolic, key=lambda q: size_hint(q.shape[0] * q.shape[2]) or 0)
+    symbols = symbols_of(longest.shape[2]) or symbols_of(longest.shape[0])
+    by_degree: list[list[Product]] = [[], [], []]
+    for product in products:
+        by_degree[bool(symbols & product.symbols) + bool(symbols & product.key_symbols)].append(product)
+    fixed, linear, square = (gpu_seconds(total_flops(of_degree), device) for of_degree in by_degree)
+    left = host - fixed
+    root = linear + math.sqrt(linear**2 + 4 * square * left)  # of square x^2 + linear x = left
+    tokens = longest.shape[0] * longest.shape[2]
+    return Below(tokens, math.floor((size_hint(tokens) or 0) * 2 * left / root) + 1) if root else None
 
 
 def _has_known_speed(x: torch.Tensor) -> bool:
@@ -57,23 +86,43 @@ def _has_cuda_graphs(options: Options) -> bool:
     return bool(options.inductor_config().get("triton.cudagraphs", inductor.triton.cudagraphs))
 
 
-class Work(NamedTuple):
-    """Matrix products and attentions of a graph."""
+class Product(NamedTuple):
+    """A matrix product or an attention."""
 
-    products: int
-    small: int
-    """How many of them are small beside the largest."""
     flops: float
     """Floating-point operations; infinite if unknown."""
+    symbols: set[sympy.Symbol]
+    """What sizes of the result are computed from."""
+    key_symbols: set[sympy.Symbol]
+    """What the number of an attention's keys is computed from."""
 
 
-def count_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> Work:
-    """Count a graph's matrix products, attentions among them, and their operations. Asking adds no guard."""
+def list_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> list[Product]:
+    """A graph's matrix products, and its attentions."""
     of_sites = {node for site in sites for node in (site.node, *site.inner)}
-    flops = [_product_flops(node) for node in graph.nodes if node not in of_sites and is_product(node)]
-    flops += [_attention_flops(site) for site in sites]
-    least = SMALL_SHARE * max(flops, default=0.0)
-    return Work(len(flops), sum(one < least for one in flops), math.fsum(flops))
+    found = [
+        Product(_product_flops(node), _symbols(fake_tensor(node)), set())
+        for node in graph.nodes
+        if node not in of_sites and is_product(node)
+    ]
+    return found + [
+        Product(_attention_flops(site), _symbols(fake_tensor(site.q)), _symbols(fake_tensor(site.k))) for site in sites
+    ]
+
+
+def total_flops(products: Sequence[Product]) -> float:
+    """Floating-point operations of all; infinite if unknown."""
+    return math.fsum(product.flops for product in products)
+
+
+def count_small(products: Sequence[Product]) -> int:
+    """How many products are small beside the largest."""
+    least = SMALL_SHARE * max((product.flops for product in products), default=0.0)
+    return sum(product.flops < least for product in products)
+
+
+def _symbols(x: torch.Tensor | None) -> set[sympy.Symbol]:
+    return set() if x is None or special_kind(x) else set[sympy.Symbol]().union(*map(symbols_of, x.shape))
 
 
 def _product_flops(node: fx.Node) -> float:

@@ -11,12 +11,7 @@ from torch import fx
 from torch._C._functorch import get_unwrapped, is_functorch_wrapped_tensor
 from torch._dynamo.source import LocalSource
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx.experimental.symbolic_shapes import (
-    ShapeEnv,
-    StrictMinMaxConstraint,
-    free_symbols,
-    free_unbacked_symbols,
-)
+from torch.fx.experimental.symbolic_shapes import free_symbols, free_unbacked_symbols
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torch.utils._pytree import tree_leaves
 
@@ -92,23 +87,6 @@ def is_below(size: int | torch.SymInt, least: int) -> bool:
     """Whether a size was less when the graph was captured, or depends on data. Asking adds no guard."""
     hint = size_hint(size)
     return hint is None or hint < least
-
-
-def serve_only_below(size: int | torch.SymInt, limit: int) -> None:
-    """Let the graph serve only sizes below `limit`, which its own is: larger ones are compiled anew.
-
-    But not where the user has promised torch a range of sizes (`mark_dynamic(min=, max=)`): torch takes a guard within
-    it for a broken promise.
-    """
-    if isinstance(size, torch.SymInt) and not _has_promised_sizes(size.node.shape_env):
-        below = bool(size < limit)  # which torch remembers as a guard
-        assert below, (size, limit)
-
-
-def _has_promised_sizes(shape_env: ShapeEnv) -> bool:
-    contexts = (fake.symbolic_context for fake in shape_env.tracked_fakes or ())
-    constraints = (getattr(context, "constraint_sizes", None) or () for context in contexts)
-    return any(isinstance(one, StrictMinMaxConstraint) for ones in constraints for one in ones)
 
 
 NESTED = "nested tensor"

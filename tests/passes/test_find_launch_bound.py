@@ -23,7 +23,13 @@ from lite_compile import Options, Reason, backend
 from lite_compile.kernels import launch_cost
 from lite_compile.passes import find_launch_bound as module
 from lite_compile.passes.find_attention import find_attention
-from lite_compile.passes.find_launch_bound import count_products, find_launch_bound
+from lite_compile.passes.find_launch_bound import (
+    LaunchBound,
+    count_small,
+    find_launch_bound,
+    list_products,
+    total_flops,
+)
 
 GPUS = {
     "H100": SimpleNamespace(major=9, minor=0, multi_processor_count=132, clock_rate=1_980_000),
@@ -88,7 +94,7 @@ def shape_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(value.shape) if isinstance(value, Tensor) else ()
 
 
-def launch_bound(gm: fx.GraphModule, **options: Any) -> str | None:
+def launch_bound(gm: fx.GraphModule, **options: Any) -> LaunchBound | None:
     return find_launch_bound(gm, find_attention(gm), Options(**options))
 
 
@@ -103,13 +109,13 @@ def test_products_are_counted_as_torch_counts_them(model: nn.Module) -> None:
     wan = {"hidden_states": noise(0), "timestep": torch.tensor([500.0]), "encoder_hidden_states": prompt(0)}
     args, kwargs = (inputs(), {}) if isinstance(model, Denoiser) else ((), wan)
     gm = capture(model, *args, **kwargs)
-    work = count_products(gm.graph, find_attention(gm))
+    products = list_products(gm.graph, find_attention(gm))
     counter = FlopCounterMode(display=False)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), counter:  # which is made of products that are counted
         model(*args, **kwargs)
     # Of a product of one row the bias may be larger than the row, and is taken for it.
-    assert math.isclose(work.flops, counter.get_total_flops(), rel_tol=1e-3)
-    assert work.products >= 8
+    assert math.isclose(total_flops(products), counter.get_total_flops(), rel_tol=1e-3)
+    assert len(products) >= 8
 
 
 def test_an_attention_spelled_as_products_is_counted_once() -> None:
@@ -119,7 +125,7 @@ def test_an_attention_spelled_as_products_is_counted_once() -> None:
     counted = []
     for attend in (F.scaled_dot_product_attention, spelled):
         gm = capture(Denoiser(attend), *inputs())
-        counted.append(count_products(gm.graph, find_attention(gm)))
+        counted.append(list_products(gm.graph, find_attention(gm)))
     assert counted[0] == counted[1]
 
 
@@ -132,7 +138,7 @@ def test_symbolic_sizes_count_as_they_were_and_are_not_guarded() -> None:
         symbols = [size for size in sizes if isinstance(size, torch.SymInt)]
         assert bool(symbols) is dynamic
         guards = [len(size.node.shape_env.guards) for size in symbols]
-        counted.append(count_products(gm.graph, sites))
+        counted.append([product.flops for product in list_products(gm.graph, sites)])
         assert guards == [len(size.node.shape_env.guards) for size in symbols]
     assert counted[0] == counted[1]
 
@@ -185,15 +191,17 @@ def test_blocks_with_too_little_work(gpu: None, tokens: int, sizes: tuple[int, i
 @pytest.mark.parametrize(("tokens", "bound"), [(4096, True), (8192, False)])
 def test_an_adapter_does_not_make_a_long_block_dense(gpu: None, tokens: int, bound: bool) -> None:
     gm = graph_of(tokens, rank=16)
-    work = count_products(gm.graph, find_attention(gm))
-    assert work.products == 12 + 20
-    assert 20 <= work.small <= 22  # projections of text may be small, too
+    products = list_products(gm.graph, find_attention(gm))
+    assert len(products) == 12 + 20
+    assert 20 <= count_small(products) <= 22  # projections of text may be small, too
     assert (launch_bound(gm) is not None) is bound
 
 
 def test_the_report_says_what_takes_how_long_and_what_helps(gpu: None) -> None:
-    detail = launch_bound(graph_of(4096))
-    assert detail is not None
+    found = launch_bound(graph_of(4096))
+    assert found is not None
+    detail, below = found
+    assert below is None  # there are no other sizes
     assert "12 products may take the host 1.2 ms, computing them takes the GPU 0.9 ms" in detail
     assert "compile the whole model, or with CUDA graphs (mode='reduce-overhead'), or set min_seq_len" in detail
 
@@ -229,7 +237,7 @@ def test_nobody_knows_how_fast_other_devices_and_dtypes_are(gpu: None) -> None:
 
 
 def test_a_block_stays_dense_and_a_whole_model_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: LaunchBound("too little work", None))
     plain = denoise(tiny_wan(), noise(0), [prompt(0)], 4)
     for part, reasons in (
         ("blocks", {Reason.LAUNCHES: 1, Reason.CROSS_ATTENTION: 1}),
@@ -250,7 +258,7 @@ def test_a_block_stays_dense_and_a_whole_model_does_not(monkeypatch: pytest.Monk
 
 
 def test_what_a_graph_break_leaves_of_a_whole_model_is_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: LaunchBound("too little work", None))
     lite_compile.clear_report()
     torch._dynamo.reset()
     model = tiny_wan()
@@ -295,7 +303,7 @@ class AttentionOfItsOwn(nn.Module):
 
 @pytest.mark.parametrize("make", [lambda run: Wrapped(run(OddlyNamed())), lambda run: run(AttentionOfItsOwn())])
 def test_a_whole_denoiser_is_no_block(make: Callable[..., nn.Module], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: LaunchBound("too little work", None))
     lite_compile.clear_report()
     torch._dynamo.reset()
     options = {"inner": "eager", "min_seq_len": 16}
@@ -309,7 +317,7 @@ def test_a_whole_denoiser_is_no_block(make: Callable[..., nn.Module], monkeypatc
 def test_a_block_may_call_its_layers_what_the_root_calls_another(
     refined: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: "too little work")
+    monkeypatch.setattr(backend, "find_launch_bound", lambda *_: LaunchBound("too little work", None))
     lite_compile.clear_report()
     torch._dynamo.reset()
     model = tiny_wan()
