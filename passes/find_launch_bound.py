@@ -105,9 +105,11 @@ def list_products(graph: fx.Graph, sites: Sequence[AttentionSite]) -> list[Produ
         for node in graph.nodes
         if node not in of_sites and is_product(node)
     ]
-    return found + [
-        Product(_attention_flops(site), _symbols(fake_tensor(site.q)), _symbols(fake_tensor(site.k))) for site in sites
-    ]
+    for site in sites:
+        q, k = fake_tensor(site.q), fake_tensor(site.k)
+        keys = set[sympy.Symbol]() if k is None or k.dim() != 4 or special_kind(k) else symbols_of(k.shape[2])
+        found.append(Product(_attention_flops(site), _symbols(q), keys))
+    return found
 
 
 def total_flops(products: Sequence[Product]) -> float:

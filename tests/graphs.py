@@ -21,9 +21,14 @@ OPTIONS = Options(min_seq_len=TOKENS)
 
 
 def capture(
-    function: Callable[..., Any], *args: Any, grad: bool = False, dynamic: bool | None = None, **kwargs: Any
+    function: Callable[..., Any],
+    *args: Any,
+    grad: bool = False,
+    dynamic: bool | None = None,
+    mark: Callable[[Any], None] = lambda argument: None,
+    **kwargs: Any,
 ) -> fx.GraphModule:
-    """The one graph that Dynamo makes of `function(*args, **kwargs)`."""
+    """The one graph that Dynamo makes of `function(*args, **kwargs)`, of which each of `args` is marked first."""
     graphs: list[fx.GraphModule] = []
 
     def keep(gm: fx.GraphModule, example_inputs: Any) -> Callable[..., Any]:
@@ -31,6 +36,8 @@ def capture(
         return gm.forward
 
     torch._dynamo.reset()
+    for argument in args:
+        mark(argument)
     with torch.set_grad_enabled(grad):
         torch.compile(function, backend=keep, fullgraph=True, dynamic=dynamic)(*args, **kwargs)
     assert len(graphs) == 1

@@ -148,6 +148,19 @@ def test_a_hint_that_is_not_the_size_is_no_obstacle(stays_dense: Callable[[fx.Gr
     assert compilations(stays_dense, [700, 800], mark) == [(128, True)]
 
 
+def test_a_batch_grows_in_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_launching_take_as_long_as(Denoiser(), inputs(batch=10, tokens=256), monkeypatch)
+
+    def mark(hidden: Tensor) -> None:
+        torch._dynamo.mark_dynamic(hidden, 0)
+
+    gm = capture(Denoiser(), *inputs(batch=3, tokens=256), mark=mark)
+    found = find_launch_bound(gm, find_attention(gm), Options())
+    assert found is not None
+    assert found.below is not None
+    assert found.below.limit == pytest.approx(10 * 256, abs=1)
+
+
 class Reader(Denoiser):
     """Most of what it does to short sequences is to project its text."""
 
