@@ -50,7 +50,7 @@ GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/
     tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py \
     tests/test_root_contents.py
 
-test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch
+test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch (PYTEST_ARGS="-n 10 --dist worksteal")
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 	    { echo "make test-gpu: $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
 	@rm -rf $(SITE) build/lib
