@@ -25,13 +25,13 @@ from lite_compile.kernels import attend_triton
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 POINTERS = {BF16: "*bf16", FP16: "*fp16", FP32: "*fp32"}
-BLOCK_SHARED_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""Largest shared memory of a thread block, by compute capability (CUDA programming guide, technical specifications)."""
 SHARED_KB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 THREADS = {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-"""Of a multiprocessor."""
+"""Of a multiprocessor, by compute capability (CUDA programming guide, technical specifications)."""
 REGISTERS, RESERVED_KB = 65536, 1
 """Registers of a multiprocessor; shared memory that the driver keeps of each block's."""
+BLOCK_SHARED_KB = {arch: shared - RESERVED_KB for arch, shared in SHARED_KB.items()}
+"""The most that a block may have."""
 
 
 class Build(NamedTuple):

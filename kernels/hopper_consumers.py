@@ -113,6 +113,8 @@ def consume(
     all at once, and then are in their softmax all at once. So they take turns: PV of a tile and QK^T of the next.
 
     `done`: two mbarriers of which by turns one is to be told when a program's notes are complete, or None.
+
+    Kernels write the arguments of all three consumers out: Gluon forgets what is constant in a sum of tuples.
     """
     q_smem, q_full, q_empty, task = queries
     k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring

@@ -63,7 +63,7 @@ class Decline:
     reason: Reason
     detail: str = ""
     below: Below | None = None
-    """Of what sizes alone this holds of a site that else would be rewritten."""
+    """The sizes of which alone this is said; None: others are never rewritten either, or there are none."""
 
 
 def decide_attention(
@@ -73,8 +73,9 @@ def decide_attention(
     per_step: Sequence[fx.Node] = (),
     launch_bound: LaunchBound | None = None,
 ) -> list[Rewrite | Decline]:
-    """One decision per site. The graph is not changed; where one holds of short sequences alone, longer ones are
-    compiled anew: a short clip must not leave the long ones after it dense.
+    """One decision per site. The graph is not changed.
+
+    What stays dense because it is short is guarded: a short clip must not leave the longer ones after it dense.
 
     Args:
         missing_clock: what the clock lacks, or None.

@@ -58,8 +58,10 @@ def find_launch_bound(gm: fx.GraphModule, sites: Sequence[AttentionSite], option
 def _find_limit(
     products: Sequence[Product], queries: Sequence[torch.Tensor], host: float, device: torch.device
 ) -> Below | None:
-    """How many tokens the GPU, too, takes `host` seconds for: in one batch self-attention grows with the square of
-    their number, other products with their number, or not at all, such as projections of text.
+    """How many tokens the GPU, too, takes `host` seconds for.
+
+    In one batch self-attention grows with the square of their number, other products with their number, or not at all,
+    such as projections of text.
     """
     symbolic = [q for q in queries if isinstance(q.shape[0] * q.shape[2], torch.SymInt)]
     if not symbolic:
