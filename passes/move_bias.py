@@ -27,7 +27,7 @@ def move_bias(gm: fx.GraphModule) -> int:
     """
     from .. import layer_norm_op, rotary_op  # noqa: F401  (register the ops; need Triton)
 
-    # Which argument is the product, and how many elements of its last dimensions are one channel each.
+    # Which argument is the product, over how many of its last dimensions the channels lie, and where the bias goes.
     readers = {
         torch.ops.lite_compile.add_normalize.default: ("y", 1, "y_bias"),
         torch.ops.lite_compile.normalize_rotate.default: ("x", 2, "x_bias"),
@@ -39,7 +39,7 @@ def move_bias(gm: fx.GraphModule) -> int:
         name, channel_dims, bias_name = readers[op.target]
         place = [argument.name for argument in op.target._schema.arguments].index(name)
         product = op.args[place] if place < len(op.args) else op.kwargs[name]
-        span = _handed_on(product, op)
+        span = _handed_on(product, op) if [*op.args, *op.kwargs.values()].count(product) == 1 else []
         layer = match_linear(span[-1]) if span else None
         if layer is not None and _may_move(layer, span, op, channel_dims):
             _replace(span[-1], layer)

@@ -137,6 +137,19 @@ def test_biases_that_stay_where_they_are(name: str) -> None:
     assert_close(outcome.result, expected)
 
 
+def test_a_product_that_is_also_the_residual_is_left() -> None:
+    module, x, gate = layer(), noise(3, 2, TOKENS, WIDTH), noise(4, 2, 1, WIDTH)
+
+    def function(x: Tensor, gate: Tensor) -> Any:
+        product = module(x)
+        return added(product, gate, product)
+
+    outcome = run_moved(function, x, gate)
+    assert "add_normalize" in outcome.code
+    assert outcome.fused == 0
+    assert_close(outcome.result, function(x, gate))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_is_as_exact_as_before(dtype: torch.dtype) -> None:
     """The product is rounded before the bias is added instead of after."""
