@@ -19,16 +19,16 @@ _ELEMENTS_PER_WARP = 1024
 
 @triton.jit
 def add_normalize_kernel(
-    x, y, y_bias, gate, weight, bias, scale, shift, total, normed, tokens, eps, gate_batch, scale_batch, shift_batch,
-    DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, HAS_Y_BIAS: tl.constexpr, HAS_GATE: tl.constexpr,
-    HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
+    x, y, gate, weight, bias, scale, shift, total, normed, tokens, eps, gate_batch, scale_batch, shift_batch,
+    DIM: tl.constexpr, BLOCK: tl.constexpr, ADDS: tl.constexpr, HAS_GATE: tl.constexpr, HAS_WEIGHT: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SCALE: tl.constexpr, HAS_SHIFT: tl.constexpr,
 ):  # fmt: skip
     """One token per program.
 
     Args:
         x, y, total, normed: `[B, tokens, DIM]`, dense; `y` and `total` only with `ADDS`.
         gate, scale, shift: `[DIM]` per batch entry, so many elements apart.
-        y_bias, weight, bias: `[DIM]`, dense.
+        weight, bias: `[DIM]`, dense.
     """
     program = tl.program_id(0).to(tl.int64)
     batch = program // tokens
@@ -38,8 +38,6 @@ def add_normalize_kernel(
     value = tl.load(x + row, mask=inside, other=0).to(tl.float32)
     if ADDS:
         added = tl.load(y + row, mask=inside, other=0).to(tl.float32)
-        if HAS_Y_BIAS:
-            added += tl.load(y_bias + dim, mask=inside, other=0).to(tl.float32)
         if HAS_GATE:
             added *= tl.load(gate + batch * gate_batch + dim, mask=inside, other=0).to(tl.float32)
         rounded = (value + added).to(total.dtype.element_ty)
@@ -65,20 +63,18 @@ def is_supported(dim: int) -> bool:
 
 def plan_launch(
     x: Tensor, y: Tensor | None, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None,
-    scale: Tensor | None, shift: Tensor | None, eps: float, y_bias: Tensor | None, total: Tensor | None, normed: Tensor,
+    scale: Tensor | None, shift: Tensor | None, eps: float, total: Tensor | None, normed: Tensor,
 ) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
     """Grid, arguments, and constants of the launch that fills `normed` and, with `y`, `total`: `[B, S, C]` like `x`."""
     batch, tokens, dim = x.shape[0], x.shape[1], int(x.shape[2])
     block = triton.next_power_of_2(dim)
     arguments = (
-        x, y, y_bias, gate, weight, bias, scale, shift, total, normed, tokens, eps,
-        *map(_per_batch, (gate, scale, shift)),
+        x, y, gate, weight, bias, scale, shift, total, normed, tokens, eps, *map(_per_batch, (gate, scale, shift)),
     )  # fmt: skip
     constants = {
-        "DIM": dim, "BLOCK": block, "ADDS": y is not None, "HAS_Y_BIAS": y_bias is not None,
-        "HAS_GATE": gate is not None, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None,
-        "HAS_SCALE": scale is not None, "HAS_SHIFT": shift is not None,
-        "num_warps": min(max(block // _ELEMENTS_PER_WARP, 1), 16),
+        "DIM": dim, "BLOCK": block, "ADDS": y is not None, "HAS_GATE": gate is not None,
+        "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None, "HAS_SCALE": scale is not None,
+        "HAS_SHIFT": shift is not None, "num_warps": min(max(block // _ELEMENTS_PER_WARP, 1), 16),
     }  # fmt: skip
     return (batch * tokens,), arguments, constants
 

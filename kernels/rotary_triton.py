@@ -18,15 +18,14 @@ _ELEMENTS_PER_WARP = 2048
 
 @triton.jit
 def normalize_rotate_kernel(
-    x, x_bias, weight, cos, sin, out, tokens, eps, x_batch, x_token, cos_batch, cos_token, cos_dim, sin_batch,
-    sin_token, sin_dim, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
-    PER_HEAD: tl.constexpr, HAS_X_BIAS: tl.constexpr, HAS_WEIGHT: tl.constexpr, PER_PAIR: tl.constexpr,
+    x, weight, cos, sin, out, tokens, eps, x_batch, x_token, cos_batch, cos_token, cos_dim, sin_batch, sin_token,
+    sin_dim, HEADS: tl.constexpr, DIM: tl.constexpr, BLOCK_HEADS: tl.constexpr, BLOCK_DIM: tl.constexpr,
+    PER_HEAD: tl.constexpr, HAS_WEIGHT: tl.constexpr, PER_PAIR: tl.constexpr,
 ):  # fmt: skip
     """One token per program.
 
     Args:
         x, out: `[B, tokens, HEADS, DIM]`, the last two dimensions dense, `out` all of them.
-        x_bias: `[HEADS * DIM]`.
         weight: `[DIM]` or `[HEADS * DIM]`, as `PER_HEAD` says.
         cos, sin: float32 of one head's elements or, with `PER_PAIR`, of its pairs; strides in elements.
     """
@@ -36,8 +35,6 @@ def normalize_rotate_kernel(
     inside = (head < HEADS) & (dim < DIM)
     index = head * DIM + dim
     value = tl.load(x + batch * x_batch + token * x_token + index, mask=inside, other=0).to(tl.float32)
-    if HAS_X_BIAS:
-        value += tl.load(x_bias + index, mask=inside, other=0).to(tl.float32)
     squares = tl.sum(value * value, axis=1, keep_dims=True)
     if PER_HEAD:
         value *= tl.rsqrt(squares / DIM + eps)
@@ -73,21 +70,20 @@ def is_supported(heads: int, dim: int) -> bool:
 
 
 def plan_launch(
-    x: Tensor, weight: Tensor | None, eps: float, per_head: bool, cos: Tensor, sin: Tensor, x_bias: Tensor | None,
-    out: Tensor,
-) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:  # fmt: skip
+    x: Tensor, weight: Tensor | None, eps: float, per_head: bool, cos: Tensor, sin: Tensor, out: Tensor
+) -> tuple[tuple[int], tuple[Any, ...], dict[str, Any]]:
     """Grid, arguments, and constants of the launch that fills `out`, `[B, S, H, D]` like `x`."""
     batch, tokens = x.shape[:2]
     heads, dim = map(int, x.shape[2:])  # symbols of known value may be among them
     blocks = triton.next_power_of_2(heads), triton.next_power_of_2(dim)
     per_batch = tuple(0 if table.shape[0] == 1 else table.stride(0) for table in (cos, sin))
     arguments = (
-        x, x_bias, weight, cos, sin, out, tokens, eps, x.stride(0), x.stride(1), per_batch[0], cos.stride(1),
-        cos.stride(-1), per_batch[1], sin.stride(1), sin.stride(-1),
+        x, weight, cos, sin, out, tokens, eps, x.stride(0), x.stride(1), per_batch[0], cos.stride(1), cos.stride(-1),
+        per_batch[1], sin.stride(1), sin.stride(-1),
     )  # fmt: skip
     constants = {
         "HEADS": heads, "DIM": dim, "BLOCK_HEADS": blocks[0], "BLOCK_DIM": blocks[1],
-        "PER_HEAD": per_head, "HAS_X_BIAS": x_bias is not None, "HAS_WEIGHT": weight is not None,
+        "PER_HEAD": per_head, "HAS_WEIGHT": weight is not None,
         "PER_PAIR": bool(cos.shape[-1] == dim // 2),
         "num_warps": min(max(blocks[0] * blocks[1] // _ELEMENTS_PER_WARP, 1), 16),
     }  # fmt: skip

@@ -34,7 +34,6 @@ from .passes.insert_ranges import insert_ranges
 from .passes.insert_step_guard import clock_length, insert_step_guard
 from .passes.insert_thresholds import insert_thresholds
 from .passes.match_key_mask import mask_inputs
-from .passes.move_bias import move_bias
 from .passes.protect_positions import protect_positions
 from .passes.record_history import record_history, record_probes
 from .passes.report_attention import report_attention
@@ -129,7 +128,6 @@ def rewrite_graph(gm: fx.GraphModule, settings: Options) -> tuple[fx.GraphModule
             fuse_gelu(graph, device)
         if settings.fuse_layer_norm:
             fuse_layer_norm(graph, device)
-        move_bias(graph)
     settings.thresholds.check_criterion(settings.criterion)
     modules = calling_modules(real_parameters(graph.graph))
     settings.thresholds.check_model(modules, tuple(site.layer for site in report.sites))

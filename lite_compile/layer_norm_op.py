@@ -15,23 +15,22 @@ from .kernels.layer_norm_triton import add_normalize_kernel, plan_launch
 @triton_op("lite_compile::add_normalize", mutates_args={})
 def add_normalize(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, eps: float, y_bias: Tensor | None = None,
+    shift: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """`sum = x + (y + y_bias) * gate` and `normalize(sum)`, each computed in float32 and rounded to `x`'s dtype.
+    """`sum = x + y * gate` and `normalize(sum)`, each computed in float32 and rounded to `x`'s dtype.
 
     Args:
         x, y: `[B, S, C]`, float16, bfloat16 or float32.
         gate: `[1 or B, 1, C]`, float32 or `x`'s dtype; None is 1.
         weight, bias, scale, shift, eps: as in `normalize`.
-        y_bias: `[C]` of any float dtype; None is 0. That of the linear layer that `y` comes from.
 
     Returns:
         The sum and its norm, `[B, S, C]`, dense.
     """
     x, y = x.contiguous(), y.contiguous()
     total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    gate, weight, bias, scale, shift, y_bias = map(_with_dense_rows, (gate, weight, bias, scale, shift, y_bias))
-    grid, arguments, constants = plan_launch(x, y, gate, weight, bias, scale, shift, eps, y_bias, total, normed)
+    gate, weight, bias, scale, shift = map(_with_dense_rows, (gate, weight, bias, scale, shift))
+    grid, arguments, constants = plan_launch(x, y, gate, weight, bias, scale, shift, eps, total, normed)
     wrap_triton(add_normalize_kernel)[grid](*arguments, **constants)
     return total, normed
 
@@ -53,7 +52,7 @@ def normalize(
     x = x.contiguous()
     normed = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     weight, bias, scale, shift = map(_with_dense_rows, (weight, bias, scale, shift))
-    grid, arguments, constants = plan_launch(x, None, None, weight, bias, scale, shift, eps, None, None, normed)
+    grid, arguments, constants = plan_launch(x, None, None, weight, bias, scale, shift, eps, None, normed)
     wrap_triton(add_normalize_kernel)[grid](*arguments, **constants)
     return normed
 
@@ -65,11 +64,11 @@ def _with_dense_rows(vector: Tensor | None) -> Tensor | None:
 @add_normalize.register_kernel("cpu")
 def add_normalize_cpu(
     x: Tensor, y: Tensor, gate: Tensor | None, weight: Tensor | None, bias: Tensor | None, scale: Tensor | None,
-    shift: Tensor | None, eps: float, y_bias: Tensor | None = None,
+    shift: Tensor | None, eps: float,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The specification of the kernel."""
-    added = y.float() if y_bias is None else y.float() + y_bias.float()
-    total = (x.float() + (added if gate is None else added * gate.float())).to(x.dtype).contiguous()
+    added = y.float() if gate is None else y.float() * gate.float()
+    total = (x.float() + added).to(x.dtype).contiguous()
     return total, normalize_cpu(total, weight, bias, scale, shift, eps)
 
 

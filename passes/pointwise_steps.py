@@ -29,7 +29,7 @@ _DIV = {operator.truediv, torch.div, torch.divide, torch.true_divide, "div", "di
 _DIV_IN_PLACE = {operator.itruediv, "div_", "divide_"}
 _ADD = {operator.add, torch.add, "add", aten.add.Tensor}
 _ADD_IN_PLACE = {operator.iadd, "add_"}
-VIEWS = {
+_VIEWS = {
     "view",
     "reshape",
     "flatten",
@@ -181,7 +181,7 @@ def batch_view_of(node: fx.Node) -> fx.Node | None:
     """Input of a view that folds or unfolds the batch dimensions and leaves the last two as they are."""
     source = node.args[0] if node.args else None
     before, after = fake_tensor(source), fake_tensor(node)
-    if node.target not in VIEWS or before is None or after is None or before.dtype != after.dtype:
+    if node.target not in _VIEWS or before is None or after is None or before.dtype != after.dtype:
         return None
     if min(before.dim(), after.dim()) < 2:
         return None

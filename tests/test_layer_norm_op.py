@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from fused_passes import noise
 from norm_models import BATCH, BF16, DIM, EPS, FP16, FP32, TOKENS, arguments
 from torch import Tensor
 
@@ -29,21 +28,18 @@ def given(dtype: torch.dtype, names: tuple[str, ...], modulation: torch.dtype = 
 
 
 def without_sum(named: dict[str, Any]) -> dict[str, Any]:
-    return {name: x for name, x in named.items() if name not in ("y", "gate", "y_bias")}
+    return {name: x for name, x in named.items() if name not in ("y", "gate")}
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16, FP16], ids=str)
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("biased", [False, True])
-def test_they_are_rounded_once(biased: bool, case: str, dtype: torch.dtype) -> None:
-    named = given(dtype, CASES[case]) | {"y_bias": noise(5, DIM, dtype=dtype) if biased else None}
+def test_they_are_rounded_once(case: str, dtype: torch.dtype) -> None:
+    named = given(dtype, CASES[case])
     total, normed = add_normalize(**named)
     exact = {name: x.double() if isinstance(x, Tensor) else x for name, x in named.items()}
-    y = exact["y"] + exact["y_bias"] if biased else exact["y"]
-    added = exact["x"] + y * (1 if exact["gate"] is None else exact["gate"])
+    added = exact["x"] + exact["y"] * (1 if exact["gate"] is None else exact["gate"])
     bound = torch.finfo(dtype).eps
-    in_between = 2 * torch.finfo(FP32).eps * (exact["x"].abs() + (added - exact["x"]).abs())
-    assert ((total.double() - added).abs() <= bound / 2 * added.abs() + in_between).all()
+    torch.testing.assert_close(total.double(), added, rtol=bound, atol=bound)
     wanted = torch.layer_norm(total.double(), (DIM,), exact["weight"], exact["bias"], EPS)
     wanted = wanted * (1 if exact["scale"] is None else exact["scale"])
     wanted = wanted + (0 if exact["shift"] is None else exact["shift"])
@@ -55,7 +51,7 @@ def test_they_are_rounded_once(biased: bool, case: str, dtype: torch.dtype) -> N
 @pytest.mark.parametrize("case", CASES)
 def test_they_are_sound_operators(case: str) -> None:
     """What else `opcheck` does traces the launch of the kernel: see tests/gpu."""
-    named = given(BF16, CASES[case], BF16) | {"y_bias": noise(5, DIM)}
+    named = given(BF16, CASES[case], BF16)
     utils = ("test_schema", "test_faketensor", "test_autograd_registration")
     torch.library.opcheck(add_normalize, (), named, test_utils=utils)
     torch.library.opcheck(normalize, (), without_sum(named), test_utils=utils)

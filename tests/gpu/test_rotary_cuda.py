@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Callable
 from typing import Any
@@ -47,15 +46,14 @@ def test_the_op_is_its_specification(
     x = noise(0, 2, 37, 3 * heads * dim).to(dtype).chunk(3, -1)[1].unflatten(-1, (heads, dim))
     weight = noise(1, dim if per_head else heads * dim).to(dtype)
     cos, sin = (t[..., 0::2] if per_pair else t for t in tables(batch, 37, 1, dim))
-    bias = noise(2, heads * dim).to(dtype)
-    for given, x_bias in ((weight, None), (None, None), (weight, bias)):
-        rest = (EPS, per_head, cos.cuda(), sin.cuda(), None if x_bias is None else x_bias.cuda())
+    for given in (weight, None):
+        rest = (EPS, per_head, cos.cuda(), sin.cuda())
         out = normalize_rotate(x.cuda(), None if given is None else given.cuda(), *rest)
-        expected = normalize_rotate_cpu(x, given, EPS, per_head, cos, sin, x_bias)
+        expected = normalize_rotate_cpu(x, given, EPS, per_head, cos, sin)
         assert out.is_contiguous()
         # The norm and the result are each rounded, and the norm may be to the other side.
-        y = normalize_rotate_cpu(x, given, EPS, per_head, torch.ones_like(cos), torch.ones_like(sin), x_bias)
-        bound = 4 * ULP[dtype] * (y.float().abs().amax() + expected.float().abs())
+        y = normalize_rotate_cpu(x, given, EPS, per_head, torch.ones_like(cos), torch.ones_like(sin)).float().abs()
+        bound = 4 * ULP[dtype] * (y.amax() + expected.float().abs())
         assert ((out.cpu().float() - expected.float()).abs() <= bound).all()
 
 
@@ -72,14 +70,6 @@ def model_and_inputs(rotate: Rotate, tokens: int, batch: int = 1) -> tuple[Rotar
         return tuple(found)
 
     return model, inputs
-
-
-def assert_as_exact(result: Tensor, expected: Tensor, model: RotaryDenoiser, args: tuple[Tensor, ...]) -> None:
-    """Whether a result is as near to that in float64 as the model's own: what attention adds is mostly rounded away."""
-    exact = copy.deepcopy(model).double()(*(x.double() for x in args))
-    ours, theirs = ((x.double() - exact).norm() for x in (result, expected))
-    slack = 1e-4 * (exact - args[0].double()).norm() if MODEL_DTYPE is torch.float32 else 0
-    assert ours <= 1.02 * theirs + slack
 
 
 @pytest.mark.parametrize("rotate", [written, added])
@@ -101,7 +91,9 @@ def test_a_block_computes_what_the_model_does(
             torch.compiler.cudagraph_mark_step_begin()
             args = inputs(step)
             result, expected = run(*args).clone(), model(*args)
-            assert_as_exact(result, expected, model, args)
+            assert (result - expected).norm() <= 2e-2 * expected.norm()
+            difference = (result - args[0]).double() - (expected - args[0]).double()
+            assert difference.norm() <= 5e-2 * (expected - args[0]).double().norm()
         assert counters["stats"]["unique_graphs"] == 1
         assert [site.rewritten for site in lite_compile.report().graphs[-1].sites] == [True]
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as trace:
@@ -135,7 +127,8 @@ def test_tables_made_in_the_graph_are_read_where_they_are(monkeypatch: pytest.Mo
     with torch.no_grad():
         args = inputs(0)
         expected = model(*args)
-        assert_as_exact(run(*args), expected, model, args)
+        difference = (run(*args) - expected).double()
+        assert difference.norm() <= 5e-2 * (expected - args[0]).double().norm()
 
 
 @pytest.mark.parametrize("asked", [True, False])

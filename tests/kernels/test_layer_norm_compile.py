@@ -31,9 +31,8 @@ def compile_offline(arch: int, dim: int, dtype: torch.dtype, *, adds: bool, affi
     x = torch.empty(2, 64, dim, dtype=dtype, device="meta")
     table = None if modulation is None else torch.empty(2, 6, dim, dtype=modulation, device="meta")[:, :1]
     vector = torch.empty(dim, dtype=dtype, device="meta") if affine else None
-    y_bias = torch.empty(dim, dtype=dtype, device="meta") if adds else None
     gate, y, total = (table if adds else None, *(x if adds else None for _ in range(2)))
-    _, arguments, constants = plan_launch(x, y, gate, vector, vector, table, table, 1e-6, y_bias, total, x)
+    _, arguments, constants = plan_launch(x, y, gate, vector, vector, table, table, 1e-6, total, x)
     warps = constants.pop("num_warps")
     names = add_normalize_kernel.arg_names
     given = dict(zip(names, arguments, strict=False))

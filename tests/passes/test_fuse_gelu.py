@@ -72,6 +72,7 @@ LEFT: dict[str, Forward] = {
     "wide_bias": wide_bias,
     "bias_per_token": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, x[0, :, :6].contiguous())),
     "one_bias_for_all": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, layer.proj.bias.mean())),
+    "out": lambda layer, x: tanh_gelu(F.linear(x, layer.proj.weight, layer.proj.bias, out=None)),
     "transposed_input": lambda layer, x: tanh_gelu(layer.proj(x[..., :8, :].transpose(-1, -2))),
 }
 

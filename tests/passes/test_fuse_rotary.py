@@ -360,7 +360,7 @@ def test_the_backend_asks_for_it_on_cuda_devices(
     assert [site.rewritten for site in report.sites] == [True]
     is_fused = asked and device.type == "cuda"
     assert told == [device] * is_fused
-    assert graph.code.count("normalize_rotate.default") == graph.code.count("x_bias = ") == 2 * is_fused
+    assert graph.code.count("normalize_rotate.default") == 2 * is_fused
     assert graph.code.count("lite_compile.attend") == 1
     assert "normalize_rotate" not in gm.code
 
