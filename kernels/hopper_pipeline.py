@@ -20,14 +20,15 @@ CONSUMER_ROWS = 64
 """Query rows of one consumer: what a warpgroup multiplies at once. They share a scale where q has 8 bits."""
 ROWS, TILE_K = gl.constexpr(CONSUMER_ROWS), gl.constexpr(HOPPER_TILE.k)
 STAGES = gl.constexpr(2)
-_PLACES = gl.constexpr(15)
+_PLACES = gl.constexpr(17)
 (
     AT_COUNT, AT_TURN, AT_ROUND, AT_BATCH, AT_HEAD, AT_START, AT_ROWS_LEFT, AT_ORDER, AT_NOTES, AT_RAISED, AT_LSE,
-    AT_BIAS, AT_BIASED, AT_Q_SCALES, AT_K_SCALES,
+    AT_BIAS, AT_BIASED, AT_Q_SCALES, AT_K_SCALES, AT_AGAIN, AT_EXCEEDED,
 ) = (gl.constexpr(place) for place in range(_PLACES.value))  # fmt: skip
 """Where the producer writes down for the consumers what differs between tasks: how many tiles this one visits (-1: none
 is left), how many tiles and how many tasks came before it, its batch entry, head and first query, and how many queries
-there are from that on; then addresses. Registers that held it would be missing in the consumers' loop."""
+there are from that on; then addresses; then whether it is done again, with a running maximum. Registers that held it
+would be missing in the consumers' loop. In the last place the consumers write down 1 if it has to be."""
 
 
 @gluon.jit
@@ -69,15 +70,37 @@ def allocate(q_desc, k_desc, v_desc, o_desc):
 
 
 @gluon.jit
-def write_task(task, place: gl.constexpr, value):
-    """For the consumers, by the producer's one warp; an mbarrier tells them."""
-    task.index(place).store(gl.full([1], value.to(gl.int64), gl.int64, gl.BlockedLayout([1], [32], [1], [0])))
+def sum_own(x):
+    """`[ROWS, 4]`: sums over what each thread holds of a row of `x` `[ROWS, TILE_K]`, without any exchange."""
+    return gl.sum(gl.sum(x.reshape([ROWS, TILE_K // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit
-def read_task(task, place: gl.constexpr):
-    """int64: what the producer wrote there."""
-    return gl.max(task.index(place).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+def write_task(task, place: gl.constexpr, value, WARPS: gl.constexpr = 1):
+    """For the consumers, by the producer's one warp, or the other way round; an mbarrier tells them."""
+    task.index(place).store(gl.full([1], value.to(gl.int64), gl.int64, gl.BlockedLayout([1], [32], [WARPS], [0])))
+
+
+@gluon.jit
+def read_task(task, place: gl.constexpr, WARPS: gl.constexpr = 4):
+    """int64: what was written there."""
+    return gl.max(task.index(place).load(gl.BlockedLayout([1], [32], [WARPS], [0])), 0)
+
+
+@gluon.jit
+def wait_for_consumers(queries, round):
+    """Wait until the consumers need nothing any more of the queries of the task before the `round`th."""
+    q_empty = queries[2]
+    for i in gl.static_range(CONSUMERS):
+        mbarrier.wait(q_empty.index(i), (round & 1) ^ 1)
+
+
+@gluon.jit
+def take_excess(task):
+    """Whether a consumer has written down that the task it has finished is to be done again; nothing is after that."""
+    exceeded = read_task(task, AT_EXCEEDED, 1) != 0
+    write_task(task, AT_EXCEEDED, exceeded.to(gl.int64) * 0)
+    return exceeded
 
 
 @gluon.jit
@@ -107,22 +130,29 @@ def heads_of(program, heads, q_tiles, heads_per_kv):
 @gluon.jit
 def announce(
     q_desc, extras, queries, lists, sizes, place, program, count, turn, round, bias_stride, QK_BITS: gl.constexpr,
+    again=None,
 ):  # fmt: skip
     """Tell the consumers of a task and load its queries, once the one before no longer needs the place.
+
+    Returns whether that one is to be done again, if `again` is given, else False.
 
     Args:
         place: `heads_of(program)`, which is the number of the tile of queries.
         count, turn, round: how many tiles it visits; how many tiles and tasks this multiprocessor had before it.
+        again: int32, 1 if it is to be done with a running maximum; None: the consumers do so anyway.
     """
-    q_smem, q_full, q_empty, task = queries
+    q_smem, q_full, _, task = queries
     orders, notes = lists
     heads, heads_per_kv, q_tiles, q_len, k_tiles = sizes
     lse, key_bias, biased, q_scales, k_scales = extras
     row = program // q_tiles
     batch, head, kv_head = place
     q_start = program % q_tiles * (CONSUMERS * ROWS)
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.wait(q_empty.index(i), (round & 1) ^ 1)
+    wait_for_consumers(queries, round)
+    exceeded = False
+    if again is not None:
+        exceeded = take_excess(task)
+        write_task(task, AT_AGAIN, again)
     write_task(task, AT_COUNT, count)
     write_task(task, AT_TURN, turn)
     write_task(task, AT_ROUND, round)
@@ -145,14 +175,14 @@ def announce(
     for i in gl.static_range(CONSUMERS):
         mbarrier.expect(q_full.index(i), q_desc.block_type.nbytes)
         async_load(q_desc, [batch, head, q_start + i * ROWS, 0], q_full.index(i), q_smem.index(i))
+    return exceeded
 
 
 @gluon.jit
 def announce_end(queries, round):
     """Tell the consumers that no task is left."""
-    _, q_full, q_empty, task = queries
-    for i in gl.static_range(CONSUMERS):
-        mbarrier.wait(q_empty.index(i), (round & 1) ^ 1)
+    _, q_full, _, task = queries
+    wait_for_consumers(queries, round)
     write_task(task, AT_COUNT, round * 0 - 1)
     for i in gl.static_range(CONSUMERS):
         mbarrier.arrive(q_full.index(i), count=1)

@@ -283,17 +283,17 @@ def attend_short_kernel(
             (
                 consume,
                 (0, o_desc, extras, queries, o_smem, turns, done, ring, lists, k_len, qk_scale, limit,
-                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS, False),
             ),
             (
                 consume,
                 (1, o_desc, extras, queries, o_smem, turns, done, ring, lists, k_len, qk_scale, limit,
-                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS, False),
             ),
             (
                 consume,
                 (2, o_desc, extras, queries, o_smem, turns, done, ring, lists, k_len, qk_scale, limit,
-                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS),
+                 False, HAS_LSE, HAS_BIAS, QK_BITS, BY_MASS, False),
             ),
             (
                 _produce,

@@ -34,6 +34,7 @@ SHAPES = [  # batch, heads, q_len, k_len, head_dim
     (1, 2, 300, 900, 120),
     (1, 2, 384, 384, 192),
     (1, 2, 515, 515, 256),
+    (1, 2, 200, 8400, 128),
 ]
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -133,7 +134,9 @@ def test_a_maximum_that_rises_in_one_row_alone(dim: int, where: int, kernel: str
 
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
-@pytest.mark.parametrize("shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80), (1, 1, 300, 8400, 128)], ids=str
+)
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype, kernel: str, criterion: str) -> None:
     """Word for word, but for tiles within rounding of the threshold, which are counted."""

@@ -120,7 +120,7 @@ class Machine:
                         value = translate(value.fn)
                     names[name] = value
                 names |= self._names()
-            return types.FunctionType(function.__code__, modules[module], function.__name__)
+            return types.FunctionType(function.__code__, modules[module], function.__name__, function.__defaults__)
 
         return translate(kernel.fn)
 
@@ -225,6 +225,10 @@ class Machine:
         def smaller(x: Any, y: Any) -> Tensor:
             return torch.minimum(torch.as_tensor(x), torch.as_tensor(y))
 
+        def highest(x: Tensor, column: Tensor) -> Tensor:
+            unsigned = x.view(torch.int32).long() & 0xFFFFFFFF
+            return x.gather(1, unsigned.argmin(1, True))[:, 0]
+
         def nothing(*_: Any, **__: Any) -> None:
             pass
 
@@ -248,7 +252,7 @@ class Machine:
             "gl": language, "mbarrier": mbarrier, "tma": tma, "async_load": async_load, "async_store": async_store,
             "warpgroup_mma": multiply, "warpgroup_mma_wait": finish_product, "fence_async_shared": nothing,
             "thread_barrier": self.pause,
-            "_rescale": lambda x, factor: x * factor[:, None],
+            "_rescale": lambda x, factor: x * factor[:, None], "_highest": highest,
         }  # fmt: skip
 
     def _stored(self) -> Callable[[], bool]:

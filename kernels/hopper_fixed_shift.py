@@ -1,0 +1,125 @@
+"""Softmax with a shift that is fixed at the first tile that a task visits: the fast loop of the Hopper kernel.
+
+Weights are 2 ** (score - shift), and float32 and bfloat16 have exponents to spare. So the shift is put `_ROOM` above
+the first tile's maximum, and stays there: no exponential waits for a maximum, and what was summed up is never scaled.
+A task in which a score exceeds the shift after all is done again with a running maximum (`hopper_online_softmax`).
+"""
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from .hopper_pipeline import ROWS, STAGES, TILE_K, sum_own
+
+_ROOM = gl.constexpr(48.0)
+"""log2 units by which scores may exceed the first tile's. More would cost small V precision: of the exponents below 1,
+126 in all, what weights take is missing in their products."""
+_ALL_BITS = gl.constexpr(0xFFFFFFFF)
+
+
+def _smallest_asm() -> str:
+    """PTX: the smallest of the 32 unsigned integers that a thread holds of each of two rows, in pairs by turns.
+
+    sm_90 takes the smaller of three integers in one instruction, of floats only of two. Results are the first output
+    and the third, the others are left undefined.
+    """
+    lines = ["{", ".reg .b32 other;"]
+    for row in range(2):
+        result, own = f"${2 * row}", [f"${64 + i}" for i in range(64) if i // 2 % 2 == row]
+        for smallest, half in ((result, own[:16]), ("other", own[16:])):
+            lines.append(f"min.u32 {smallest}, {half[0]}, {half[1]};")
+            lines += [f"min.u32 {smallest}, {smallest}, {x};" for x in half[2:]]
+        lines.append(f"min.u32 {result}, {result}, other;")
+    return "\n".join([*lines, "}"])
+
+
+_SMALLEST = gl.constexpr(_smallest_asm())
+_SMALLEST_CONSTRAINTS = gl.constexpr(",".join(["=&r"] * 64 + ["r"] * 64))
+
+
+@gluon.jit
+def _highest(x, column):
+    """`[ROWS]`: the largest number of each row of `x` `[ROWS, TILE_K]`, if all are negative; else another, or NaN.
+
+    As unsigned integers the bits of negative numbers are larger than all others, and in reverse order.
+    """
+    bits = gl.inline_asm_elementwise(
+        _SMALLEST, _SMALLEST_CONSTRAINTS, [x.to(gl.uint32, bitcast=True)], dtype=gl.uint32, is_pure=True, pack=64
+    )
+    defined = ((column < 8) & (column % 2 == 0))[None, :]
+    return gl.min(gl.where(defined, bits, _ALL_BITS), 1).to(gl.float32, bitcast=True)
+
+
+@gluon.jit
+def visit_with_fixed_shift(
+    q_block, ring, order, marks, live, again, zeros, weighted, first, count, k_len, scale, threshold,
+    EVEN_K: gl.constexpr, BY_MASS: gl.constexpr,
+):  # fmt: skip
+    """`(shift, argmax_tile, total, weighted, excess)`, the first four as `consume` describes them if `excess`, int32,
+    is 0. Else the task has to be done again, and marks may have been cleared that should not be.
+
+    `again`: whether it is done again: then the shift rises with the maximum, as in online softmax.
+    """
+    k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
+    DIM: gl.constexpr = v_smem.shape[4]
+    O_LAYOUT: gl.constexpr = weighted.type.layout
+    ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+
+    everywhere = gl.zeros([ROWS], gl.int32, ROW)
+    no = gl.zeros([ROWS], gl.int8, ROW)
+    column = gl.arange(0, TILE_K, gl.SliceLayout(0, zeros.type.layout))
+    shift = gl.zeros([ROWS], gl.float32, ROW)
+    highest = gl.full([ROWS], float("-inf"), gl.float32, ROW)  # score less shift
+    argmax_tile = gl.zeros([ROWS], gl.int32, ROW)
+    total = sum_own(zeros)
+    OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
+    for turn in range(first, first + count):
+        stage = turn % STAGES
+        phase = (turn // STAGES) & 1
+        tile = gl.load(order + turn).to(gl.int32)
+        k_block = k_smem.index(stage).reshape([TILE_K, DIM]).permute((1, 0))
+        mbarrier.wait(k_full.index(stage), phase)
+        product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+        scores = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        if not EVEN_K:  # noqa: SIM102, decided when compiling
+            if k_len - tile * TILE_K < TILE_K:
+                scores = gl.where((column < k_len - tile * TILE_K)[None, :], scores, float("-inf"))
+        if (again != 0) | (turn == first):
+            raised = gl.max(scores, 1) * scale + _ROOM
+            unset = highest == float("-inf")
+            raised = gl.where(unset, raised, gl.maximum(shift, raised))
+            lift = gl.where(unset, 0.0, raised - shift)
+            decay = gl.exp2(-lift)
+            total *= gl.convert_layout(decay, OWN)[:, None]
+            weighted *= gl.convert_layout(decay, O_ROW)[:, None]
+            # A row that has met nothing but -inf has no maximum to stay below.
+            unset = raised == float("-inf")
+            highest = gl.where(unset & (again == 0), 0.0, highest - lift)
+            shift = gl.where(unset, 0.0, raised)
+        scores = scores * scale - shift[:, None]
+        tile_max = _highest(scores, column)
+        weights = gl.exp2(scores)
+        mass = sum_own(weights)
+        total += mass
+        if BY_MASS:
+            hidden = gl.where(tile_max == float("-inf"), 1.0, 0.0)
+            negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
+        else:
+            negligible = tile_max - highest <= threshold
+        argmax_tile = gl.where(tile_max > highest, tile, argmax_tile)
+        highest = gl.maximum(highest, tile_max)
+        weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
+        mbarrier.wait(v_full.index(stage), phase)
+        v_block = v_smem.index(stage).reshape([TILE_K, DIM])
+        product = warpgroup_mma(weights, v_block, weighted, is_async=True)
+        # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
+        gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
+        weighted = warpgroup_mma_wait(0, deps=[product])
+        mbarrier.arrive(v_empty.index(stage), count=1)
+    sums = gl.convert_layout(gl.sum(total, 1), ROW)
+    excess = gl.max(gl.where((highest < 0) & (sums == sums), 0, 1), 0)
+    return shift, argmax_tile, total, weighted, gl.where(again != 0, 0, excess)
