@@ -5,8 +5,10 @@ from __future__ import annotations
 import inspect
 import operator
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import fx
 
 _WRITES = {
@@ -17,6 +19,22 @@ _WRITES = {
 _WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES}
 _NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
 """Their underscore only keeps them apart from keywords."""
+_BUILTIN_NORM = ("input", "weight", "bias", "running_mean", "running_var")
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    torch.batch_norm: (*_BUILTIN_NORM, "training"), torch.instance_norm: (*_BUILTIN_NORM, "use_input_stats"),
+}  # fmt: skip
+"""Of functions that do not say themselves."""
+_ASKED_BY: dict[Any, tuple[str, ...]] = {
+    F.batch_norm: ("running_mean", "training"), torch.batch_norm: ("running_mean", "training"),
+    F.instance_norm: ("running_mean", "use_input_stats"), torch.instance_norm: ("running_mean", "use_input_stats"),
+    F.embedding: ("max_norm",), F.embedding_bag: ("max_norm",),
+}  # fmt: skip
+"""What has to be given, and not False, to functions that write then. Others: `inplace`."""
+_SWITCHES = {
+    torch._C._set_grad_enabled,
+    torch.autograd.grad_mode._enter_inference_mode,
+    torch.autograd.grad_mode._exit_inference_mode,
+}
 
 
 def writes(node: fx.Node) -> bool:
@@ -41,14 +59,23 @@ def writes(node: fx.Node) -> bool:
 
 
 def _is_asked_to_write(node: fx.Node) -> bool:
-    """Whether a function that takes `inplace`, by keyword or by position, was given it."""
-    if "inplace" in node.kwargs:
-        return node.kwargs["inplace"] is not False
-    try:
-        place = list(inspect.signature(node.target).parameters).index("inplace")  # type: ignore[arg-type]
-    except (TypeError, ValueError):  # a builtin, or a function without such a parameter
-        return False
-    return place < len(node.args) and node.args[place] is not False
+    """Whether a function that writes only if asked to was asked, by keyword, by position or by default."""
+    return all(_argument(node, name) not in (None, False) for name in _ASKED_BY.get(node.target, ("inplace",)))
+
+
+def _argument(node: fx.Node, name: str) -> object:
+    """What a function is given for one of its parameters; None if it has no such parameter."""
+    if name in node.kwargs:
+        return node.kwargs[name]
+    defaults: dict[str, Any] = dict.fromkeys(_PARAMETERS.get(node.target, ()))
+    if not defaults:
+        try:
+            parameters = inspect.signature(node.target).parameters  # type: ignore[arg-type]
+        except (TypeError, ValueError):  # a builtin
+            return None
+        defaults = {parameter: value.default for parameter, value in parameters.items()}
+    given: dict[str, object] = {**defaults, **dict(zip(defaults, node.args, strict=False))}
+    return given.get(name)
 
 
 def written_meanwhile(span: Iterable[fx.Node], last: fx.Node) -> fx.Node | None:
@@ -68,10 +95,10 @@ def written_meanwhile(span: Iterable[fx.Node], last: fx.Node) -> fx.Node | None:
 
 
 def switches_gradients(first: fx.Node, last: fx.Node) -> bool:
-    """Whether they are switched on or off between two nodes: what was detached at `first` may not be at `last`."""
+    """Whether they, or inference mode, are switched between nodes: what is detached at `first` may not be at `last`."""
     node = first
     while node is not last:
         node = node.next
-        if node.target is torch._C._set_grad_enabled:
+        if node.target in _SWITCHES:
             return True
     return False

@@ -135,7 +135,7 @@ def test_a_maximum_that_rises_in_one_row_alone(dim: int, where: int, kernel: str
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 @pytest.mark.parametrize(
-    "shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80), (1, 1, 300, 8400, 128)], ids=str
+    "shape", [(1, 2, 1024, 1024, 64), (2, 2, 1100, 900, 128), (1, 1, 700, 1500, 80), (1, 1, 1500, 8400, 128)], ids=str
 )
 @pytest.mark.parametrize("criterion", CRITERIA)
 def test_states_follow_the_reference(shape: tuple[int, ...], dtype: torch.dtype, kernel: str, criterion: str) -> None:

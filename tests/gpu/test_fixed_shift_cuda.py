@@ -99,7 +99,7 @@ def test_states_of_scores_that_rise(
             assert (ours != theirs).sum() <= 0.003 * ours.numel()
             marked += int(theirs.sum()) if first == layout.mask_start else 0
         expected.copy_(state.cpu())
-    assert marked > 0 or change is stay
+    assert (marked > 0) is (change in (rise_slowly, rise_late))  # the others leave random scores as they are
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
