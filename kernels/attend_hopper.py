@@ -97,7 +97,7 @@ def _plan(
     constants = {
         "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
         "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
-        "FIXED_SHIFT": dtype == torch.bfloat16 and head_dim > 64 and qk_dtype is None and bias_rows is None,
+        "FIXED_SHIFT": dtype == torch.bfloat16 and head_dim > 64 and bias_rows is None,
     }  # fmt: skip
     name = dtype, head_dim <= 64, index, qk_dtype
     if short:

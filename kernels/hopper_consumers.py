@@ -34,6 +34,7 @@ from .hopper_pipeline import (
     read_task,
     write_task,
 )
+from .hopper_products import begin_turns
 
 _LN_2 = gl.constexpr(math.log(2))
 
@@ -80,16 +81,19 @@ def consume(
         marks = read_task(task, AT_NOTES).to(all_notes.dtype) + 1
         live = own_row < read_task(task, AT_ROWS_LEFT).to(gl.int32)
         nothing = gl.zeros([ROWS, DIM], gl.float32, O_LAYOUT)
+        scaling = qk_scale, None, None
+        if QK_BITS == 8:
+            scaling = begin_turns(INDEX, turns, task, first, qk_scale, tables[2], tables[3])
         if FIXED_SHIFT:
             again = read_task(task, AT_AGAIN).to(gl.int32)
             shift, argmax_tile, total, weighted, excess = visit_with_fixed_shift(
-                q_block, ring, order, marks, live, again, zeros, nothing, first, count, k_len, qk_scale, threshold,
-                EVEN_K, BY_MASS,
+                q_block, ring, order, marks, live, again, zeros, nothing, first, count, k_len, scaling, threshold,
+                EVEN_K, QK_BITS, BY_MASS,
             )  # fmt: skip
         else:
             shift, argmax_tile, total, weighted = visit_online(
-                INDEX, q_block, ring, turns, task, order, marks, live, tables, zeros, nothing, first, count, k_len,
-                qk_scale, threshold, EVEN_K, HAS_BIAS, QK_BITS, BY_MASS,
+                q_block, ring, task, order, marks, live, tables, zeros, nothing, first, count, k_len, scaling,
+                threshold, EVEN_K, HAS_BIAS, QK_BITS, BY_MASS,
             )  # fmt: skip
 
         notes = read_task(task, AT_NOTES).to(all_notes.dtype)

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from .hopper_pipeline import ROWS, STAGES, TILE_K, sum_own
+from .hopper_pipeline import ROWS, TILE_K, sum_own
+from .hopper_products import MAGIC, multiply_keys, multiply_values
 
 _ROOM = gl.constexpr(48.0)
 """log2 units by which scores may exceed the first tile's. More would cost small V precision: of the exponents below 1,
@@ -54,22 +54,21 @@ def _highest(x, column):
 
 @gluon.jit
 def visit_with_fixed_shift(
-    q_block, ring, order, marks, live, again, zeros, weighted, first, count, k_len, scale, threshold,
-    EVEN_K: gl.constexpr, BY_MASS: gl.constexpr,
+    q_block, ring, order, marks, live, again, zeros, weighted, first, count, k_len, scaling, threshold,
+    EVEN_K: gl.constexpr, QK_BITS: gl.constexpr, BY_MASS: gl.constexpr,
 ):  # fmt: skip
     """`(shift, argmax_tile, total, weighted, excess)`, the first four as `consume` describes them if `excess`, int32,
     is 0. Else the task has to be done again, and marks may have been cleared that should not be.
 
-    `again`: whether it is done again: then the shift rises with the maximum, as in online softmax.
+    `scaling`: what `begin_turns` has found. `again`: int32, 1 if the task is done again: then the shift rises with the
+    maximum, as in online softmax.
     """
-    k_smem, v_smem, k_full, v_full, k_empty, v_empty = ring
-    DIM: gl.constexpr = v_smem.shape[4]
-    O_LAYOUT: gl.constexpr = weighted.type.layout
+    scale, k_scales, turns_of = scaling
+    IS_INT: gl.constexpr = ring[0].dtype == gl.int8
     ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
-    O_ROW: gl.constexpr = gl.SliceLayout(1, O_LAYOUT)
+    O_ROW: gl.constexpr = gl.SliceLayout(1, weighted.type.layout)
 
     everywhere = gl.zeros([ROWS], gl.int32, ROW)
-    no = gl.zeros([ROWS], gl.int8, ROW)
     column = gl.arange(0, TILE_K, gl.SliceLayout(0, zeros.type.layout))
     shift = gl.zeros([ROWS], gl.float32, ROW)
     highest = gl.full([ROWS], float("-inf"), gl.float32, ROW)  # score less shift
@@ -77,19 +76,17 @@ def visit_with_fixed_shift(
     total = sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     for turn in range(first, first + count):
-        stage = turn % STAGES
-        phase = (turn // STAGES) & 1
-        tile = gl.load(order + turn).to(gl.int32)
-        k_block = k_smem.index(stage).reshape([TILE_K, DIM]).permute((1, 0))
-        mbarrier.wait(k_full.index(stage), phase)
-        product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
-        scores = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(k_empty.index(stage), count=1)
+        tile, scores, factor = multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS)
+        if IS_INT:
+            scores = scores.to(gl.float32, bitcast=True)
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if k_len - tile * TILE_K < TILE_K:
                 scores = gl.where((column < k_len - tile * TILE_K)[None, :], scores, float("-inf"))
         if (again != 0) | (turn == first):
-            raised = gl.max(scores, 1) * scale + _ROOM
+            tile_max = gl.max(scores, 1)
+            if IS_INT:
+                tile_max -= MAGIC
+            raised = tile_max * factor + _ROOM
             unset = highest == float("-inf")
             raised = gl.where(unset, raised, gl.maximum(shift, raised))
             lift = gl.where(unset, 0.0, raised - shift)
@@ -100,7 +97,10 @@ def visit_with_fixed_shift(
             unset = raised == float("-inf")
             highest = gl.where(unset & (again == 0), 0.0, highest - lift)
             shift = gl.where(unset, 0.0, raised)
-        scores = scores * scale - shift[:, None]
+        offset = shift
+        if IS_INT:
+            offset += factor * MAGIC
+        scores = scores * factor - offset[:, None]
         tile_max = _highest(scores, column)
         weights = gl.exp2(scores)
         mass = sum_own(weights)
@@ -112,14 +112,9 @@ def visit_with_fixed_shift(
             negligible = tile_max - highest <= threshold
         argmax_tile = gl.where(tile_max > highest, tile, argmax_tile)
         highest = gl.maximum(highest, tile_max)
-        weights = gl.convert_layout(weights.to(v_smem.dtype), gl.DotOperandLayout(0, O_LAYOUT, 2))
-        mbarrier.wait(v_full.index(stage), phase)
-        v_block = v_smem.index(stage).reshape([TILE_K, DIM])
-        product = warpgroup_mma(weights, v_block, weighted, is_async=True)
-        # Any row may clear the mark of a tile; that all of them would write the same spares a vote.
-        gl.store(marks + tile + everywhere, no, mask=live & ~negligible)
-        weighted = warpgroup_mma_wait(0, deps=[product])
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        weighted = multiply_values(
+            weights, weighted, ring, turn, turns_of, marks + tile + everywhere, live & ~negligible, QK_BITS
+        )
     sums = gl.convert_layout(gl.sum(total, 1), ROW)
     excess = gl.max(gl.where((highest < 0) & (sums == sums), 0, 1), 0)
     return shift, argmax_tile, total, weighted, gl.where(again != 0, 0, excess)

@@ -54,9 +54,15 @@ def rounded(x: Tensor, name: str, rows: int, center: bool) -> Tensor:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("shape", [(1, 2, 512, 512, 64), (2, 3, 1000, 700, 128), (1, 2, 333, 777, 128)], ids=str)
-def test_the_rounding_is_all_that_is_lost(shape: tuple[int, ...], dtype: torch.dtype, name: str) -> None:
+@pytest.mark.parametrize(
+    "shape", [(1, 2, 512, 512, 64), (2, 3, 1000, 700, 128), (1, 2, 333, 777, 128), (1, 2, 400, 8400, 128)], ids=str
+)
+@pytest.mark.parametrize("rising", [False, True])
+def test_the_rounding_is_all_that_is_lost(shape: tuple[int, ...], dtype: torch.dtype, name: str, rising: bool) -> None:
+    """`rising`: late keys have scores far above the others."""
     q, k, v = inputs(shape, dtype)
+    if rising:
+        k[:, :, -200:-100] += 10 * (k[:, :, -200:-100] - k.mean(2, keepdim=True))
     columns = shape[-1]
     assert columns in (64, 128), "what `rounded` takes for the columns of the kernel"
     scores = rounded(q, name, 64, False) @ rounded(k, name, 128, True).mT * columns**-0.5

@@ -38,7 +38,7 @@ def build_offline(
     fixed |= constants
     fixed["QK_BITS"] = 8 * qk.itemsize
     if not short:
-        fixed["FIXED_SHIFT"] = dtype == qk == BF16 and not fixed["HAS_BIAS"]
+        fixed["FIXED_SHIFT"] = dtype == BF16 and head_dim > 64 and not fixed["HAS_BIAS"]
     optional = {
         "lse": fixed["HAS_LSE"],
         "key_bias": fixed["HAS_BIAS"],

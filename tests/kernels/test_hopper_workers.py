@@ -40,13 +40,14 @@ def run(
         torch.randn(BATCH, heads, length, DIM).to(dtype)
         for heads, length in ((HEADS, Q_LEN), (KV_HEADS, K_LEN), (KV_HEADS, K_LEN))
     )
-    k *= (sharpness ** torch.linspace(0, 1, K_LEN))[:, None].to(dtype)
+    if qk.itemsize == 2:
+        k *= (sharpness ** torch.linspace(0, 1, K_LEN))[:, None].to(dtype)
     q_scales = k_scales = None
     q_scale, k_scale = torch.ones(BATCH, HEADS, Q_LEN, 1), torch.ones(BATCH, KV_HEADS, K_LEN, 1)
     if qk.itemsize == 1:
         q, k = ((x * 20).round().to(qk) for x in (q, k))
         q_scales = torch.rand(BATCH, HEADS, tile_count(Q_LEN, ROWS)) / 30
-        k_scales = torch.rand(BATCH, KV_HEADS, K_TILES) / 30
+        k_scales = torch.rand(BATCH, KV_HEADS, K_TILES) / 30 * sharpness ** torch.linspace(0, 1, K_TILES)
         q_scale = q_scales.repeat_interleave(ROWS, 2)[:, :, :Q_LEN, None]
         k_scale = k_scales.repeat_interleave(TILE.k, 2)[:, :, :K_LEN, None]
     key_bias = torch.randn(BATCH, K_LEN) if biased else None
@@ -123,12 +124,13 @@ def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, biased: b
         run(workers, seed, qk, biased)
 
 
+@pytest.mark.parametrize("qk", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize("sharpness", [1.0, 100.0, 3000.0])
 @pytest.mark.parametrize("workers", [1, 3, 8])
-def test_programs_that_exceed_their_shift_are_done_again(workers: int, sharpness: float) -> None:
+def test_programs_that_exceed_their_shift_are_done_again(workers: int, sharpness: float, qk: torch.dtype) -> None:
     """None of them, some, and nearly all that visit more than one tile."""
     for seed in range(4):
-        run(workers, seed, torch.bfloat16, False, fixed_shift=True, sharpness=sharpness)
+        run(workers, seed, qk, False, fixed_shift=True, sharpness=sharpness)
 
 
 def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
