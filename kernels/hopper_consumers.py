@@ -108,7 +108,7 @@ def consume(
             live = live & (excess == 0)
             if excess > 0:
                 write_task(task, AT_EXCEEDED, excess, 4)
-                thread_barrier()  # what all threads have marked
+                thread_barrier()  # what its threads have marked is to be there before the producer marks again
         mbarrier.arrive(q_empty.index(INDEX), count=1)
         if QK_BITS == 8:
             mbarrier.arrive(turns.index((INDEX + 1) % CONSUMERS), count=1)

@@ -2,7 +2,8 @@
 
 Weights are 2 ** (score - shift), and float32 and bfloat16 have exponents to spare. So the shift is put `_ROOM` above
 the first tile's maximum, and stays there: no exponential waits for a maximum, and what was summed up is never scaled.
-A task in which a score exceeds the shift after all is done again with a running maximum (`hopper_online_softmax`).
+If a score exceeds the shift after all, or all of a row's first scores are -inf, so that it has none, the task is done
+again by the same loop, whose shift then is the running maximum, as in online softmax.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ from .hopper_pipeline import ROWS, TILE_K, sum_own
 from .hopper_products import MAGIC, multiply_keys, multiply_values
 
 _ROOM = gl.constexpr(48.0)
-"""log2 units by which scores may exceed the first tile's. More would cost small V precision: of the exponents below 1,
-126 in all, what weights take is missing in their products."""
+"""log2 units by which scores may exceed the first tile's. More would cost precision where V is small: weights and their
+products with V share 126 exponents below 1."""
 _ALL_BITS = gl.constexpr(0xFFFFFFFF)
 
 
@@ -60,8 +61,7 @@ def visit_with_fixed_shift(
     """`(shift, argmax_tile, total, weighted, excess)`, the first four as `consume` describes them if `excess`, int32,
     is 0. Else the task has to be done again, and marks may have been cleared that should not be.
 
-    `scaling`: what `begin_turns` has found. `again`: int32, 1 if the task is done again: then the shift rises with the
-    maximum, as in online softmax.
+    `scaling`: what `begin_turns` has found. `again`: int32, 1 if the task is done again.
     """
     scale, k_scales, turns_of = scaling
     IS_INT: gl.constexpr = ring[0].dtype == gl.int8
@@ -86,14 +86,14 @@ def visit_with_fixed_shift(
             tile_max = gl.max(scores, 1)
             if IS_INT:
                 tile_max -= MAGIC
-            raised = tile_max * factor + _ROOM
+            raised = tile_max * factor + gl.where(again != 0, 0.0, _ROOM)
             unset = highest == float("-inf")
             raised = gl.where(unset, raised, gl.maximum(shift, raised))
             lift = gl.where(unset, 0.0, raised - shift)
             decay = gl.exp2(-lift)
             total *= gl.convert_layout(decay, OWN)[:, None]
             weighted *= gl.convert_layout(decay, O_ROW)[:, None]
-            # A row that has met nothing but -inf has no maximum to stay below.
+            # A row that has met nothing but -inf has no shift yet: its first attempt counts as one that exceeded it.
             unset = raised == float("-inf")
             highest = gl.where(unset & (again == 0), 0.0, highest - lift)
             shift = gl.where(unset, 0.0, raised)
@@ -106,7 +106,8 @@ def visit_with_fixed_shift(
         mass = sum_own(weights)
         total += mass
         if BY_MASS:
-            hidden = gl.where(tile_max == float("-inf"), 1.0, 0.0)
+            # The difference is NaN while a row has met nothing but -inf.
+            hidden = gl.where(tile_max - highest == float("-inf"), 1.0, 0.0)
             negligible = gl.convert_layout(gl.sum(mass - threshold * total, 1), ROW) < hidden
         else:
             negligible = tile_max - highest <= threshold
@@ -115,6 +116,5 @@ def visit_with_fixed_shift(
         weighted = multiply_values(
             weights, weighted, ring, turn, turns_of, marks + tile + everywhere, live & ~negligible, QK_BITS
         )
-    sums = gl.convert_layout(gl.sum(total, 1), ROW)
-    excess = gl.max(gl.where((highest < 0) & (sums == sums), 0, 1), 0)
+    excess = gl.max(gl.where((highest < 0) | ~live, 0, 1), 0)
     return shift, argmax_tile, total, weighted, gl.where(again != 0, 0, excess)

@@ -97,7 +97,7 @@ def wait_for_consumers(queries, round):
 
 @gluon.jit
 def take_excess(task):
-    """Whether a consumer has written down that the task it has finished is to be done again; nothing is after that."""
+    """Whether a consumer has written down that the task it has finished is to be done again. It counts once."""
     exceeded = read_task(task, AT_EXCEEDED, 1) != 0
     write_task(task, AT_EXCEEDED, exceeded.to(gl.int64) * 0)
     return exceeded

@@ -38,7 +38,10 @@ def _take(counts, programs):
 
 @gluon.jit
 def _mark_again(order, marks, count):
-    """Set the marks of the listed tiles, as they were before the task."""
+    """Set the marks of the listed tiles, as they were before the task.
+
+    A consumer that has not exceeded its shift may clear marks after that: those that it clears again in any case.
+    """
     lane = gl.arange(0, 32, gl.BlockedLayout([1], [32], [1], [0]))
     for start in range(0, count, 32):
         tile = gl.load(order + start + lane, mask=start + lane < count, other=0).to(gl.int32)
@@ -54,7 +57,7 @@ def _produce(
     """Take one program after the other off the queue, and load its queries and the listed tiles of K and V.
 
     With a fixed shift the consumers may find, when a program is done, that it has to be done again: then it comes
-    after the next one.
+    after the next one, or at once if there is none.
     """
     orders, notes = lists
     heads, heads_per_kv, q_tiles, _q_len, k_tiles = sizes
@@ -125,7 +128,7 @@ def attend_kernel(
         biased: as `flag_biased` wrote it; None without a bias.
         order, notes, counts: as `list_visits` wrote them.
         queue: as `queue_programs` wrote it.
-        FIXED_SHIFT: whether programs are first done with a shift that stays; bfloat16 and no bias.
+        FIXED_SHIFT: whether to use `hopper_fixed_shift`: only where V is bfloat16 and there is no bias.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
     limit = marking_limit(threshold, k_tiles, BY_MASS)

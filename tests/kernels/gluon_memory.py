@@ -138,12 +138,14 @@ class Descriptor:
     def __init__(self, x: Tensor, rows: int, columns: int) -> None:
         self.x, self.dtype, self.block_shape = x, x.dtype, [1, 1, rows, columns]
         self.block_type = types.SimpleNamespace(nbytes=rows * columns * x.itemsize)
+        self.loads = 0
 
     def _inside(self, place: Sequence[Any]) -> Tensor:
         b, h, row, _ = map(int, place)
         return self.x[b, h, row : row + self.block_shape[2]]
 
     def read(self, place: Sequence[Any]) -> Tensor:
+        self.loads += 1
         inside = self._inside(place)
         found = torch.zeros(self.block_shape, dtype=self.dtype).as_subclass(Block)
         found[0, 0, : inside.shape[0], : inside.shape[1]] = inside

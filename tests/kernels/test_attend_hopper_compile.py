@@ -22,6 +22,11 @@ SHARED_KB = 227
 ELEMENTS = {BF16: "bf16", FP16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
 
 
+def fixes_shift(dtype: torch.dtype, head_dim: int, **constants: bool) -> bool:
+    """What `attend_hopper` decides."""
+    return dtype == BF16 and head_dim > 64 and not constants.get("HAS_BIAS") and not constants.get("short")
+
+
 def build_offline(
     dtype: torch.dtype, head_dim: int, qk: torch.dtype | None = None, short: bool = False, **constants: bool
 ) -> Any:
@@ -38,7 +43,7 @@ def build_offline(
     fixed |= constants
     fixed["QK_BITS"] = 8 * qk.itemsize
     if not short:
-        fixed["FIXED_SHIFT"] = dtype == BF16 and head_dim > 64 and not fixed["HAS_BIAS"]
+        fixed["FIXED_SHIFT"] = fixes_shift(dtype, head_dim, **constants)
     optional = {
         "lse": fixed["HAS_LSE"],
         "key_bias": fixed["HAS_BIAS"],
@@ -135,6 +140,7 @@ def test_compiles_for_hopper(
     assert "cp.async.bulk.tensor" in build.ptx
     assert "setmaxnreg" in build.ptx
     assert not constants.get("short") or unpublished_stores(build.ptx) == []
+    assert ("min.u32" in build.ptx) is fixes_shift(dtype, head_dim, **constants)
     assert not re.search(r"\bbar\.sync\s+\d+;", build.ptx)  # each barrier is one of a partition's threads
     assert spilled is None or build.spilled_bytes <= spilled
 
