@@ -23,6 +23,7 @@ ATTENTION = ("bench-gpu-h100.json",)
 FORWARD = (
     "bench-forward-h100.json",
     "bench-forward-h100-40-layers.json",
+    "bench-forward-h100-4096-whole.json",
     "bench-forward-h100-4096-blocks.json",
 )
 FORWARD_BEFORE = ("bench-forward-h200.json",)
