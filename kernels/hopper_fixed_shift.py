@@ -12,7 +12,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from .hopper_pipeline import ROWS, TILE_K, sum_own
-from .hopper_products import MAGIC, multiply_keys, multiply_values
+from .hopper_products import multiply_keys, multiply_values
 
 _ROOM = gl.constexpr(48.0)
 """log2 units by which scores may exceed the first tile's. More would cost precision where V is small: weights and their
@@ -64,7 +64,6 @@ def visit_with_fixed_shift(
     `scaling`: what `begin_turns` has found. `again`: int32, 1 if the task is done again.
     """
     scale, k_scales, turns_of = scaling
-    IS_INT: gl.constexpr = ring[0].dtype == gl.int8
     ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
     O_ROW: gl.constexpr = gl.SliceLayout(1, weighted.type.layout)
 
@@ -77,16 +76,11 @@ def visit_with_fixed_shift(
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     for turn in range(first, first + count):
         tile, scores, factor = multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS)
-        if IS_INT:
-            scores = scores.to(gl.float32, bitcast=True)
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if k_len - tile * TILE_K < TILE_K:
                 scores = gl.where((column < k_len - tile * TILE_K)[None, :], scores, float("-inf"))
         if (again != 0) | (turn == first):
-            tile_max = gl.max(scores, 1)
-            if IS_INT:
-                tile_max -= MAGIC
-            raised = tile_max * factor + gl.where(again != 0, 0.0, _ROOM)
+            raised = gl.max(scores, 1) * factor + gl.where(again != 0, 0.0, _ROOM)
             unset = highest == float("-inf")
             raised = gl.where(unset, raised, gl.maximum(shift, raised))
             lift = gl.where(unset, 0.0, raised - shift)
@@ -97,10 +91,7 @@ def visit_with_fixed_shift(
             unset = raised == float("-inf")
             highest = gl.where(unset & (again == 0), 0.0, highest - lift)
             shift = gl.where(unset, 0.0, raised)
-        offset = shift
-        if IS_INT:
-            offset += factor * MAGIC
-        scores = scores * factor - offset[:, None]
+        scores = scores * factor - shift[:, None]
         tile_max = _highest(scores, column)
         weights = gl.exp2(scores)
         mass = sum_own(weights)
@@ -116,5 +107,5 @@ def visit_with_fixed_shift(
         weighted = multiply_values(
             weights, weighted, ring, turn, turns_of, marks + tile + everywhere, live & ~negligible, QK_BITS
         )
-    excess = gl.max(gl.where((highest < 0) | ~live, 0, 1), 0)
+    excess = gl.max(gl.where(highest < 0, 0, 1), 0)
     return shift, argmax_tile, total, weighted, gl.where(again != 0, 0, excess)

@@ -33,7 +33,7 @@ def begin_turns(INDEX: gl.constexpr, turns, task, first, scale, q_scales, k_scal
 
     The scale of its scores but for that of the key tile; where those of key tiles are; and the mbarriers of this
     consumer's turns and of the next one's, with what to add to a tile's number for its turn's parity. Of `q_scales` and
-    `k_scales` only the types are used. With 16 bits there are no turns, and for the last two is None.
+    `k_scales` only the types are used.
     """
     FIRST: gl.constexpr = 1 if INDEX == 0 else 0  # its first turn is passed on by nobody
     inside = read_task(task, AT_ROWS_LEFT).to(gl.int32) > INDEX * ROWS
@@ -47,6 +47,8 @@ def begin_turns(INDEX: gl.constexpr, turns, task, first, scale, q_scales, k_scal
 @gluon.jit
 def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr):
     """`(tile, scores, factor)` of the key tile of that turn: scores times factor are in log2 units.
+
+    `k_scales`, `turns_of`: None with 16 bits.
 
     Of int8 the scores are int32, the bits of `MAGIC` plus each.
     """

@@ -284,7 +284,7 @@ def attend_reference(
       of each row's softmax, every tile measured when it is marked (docs/guarantee.md).
 
     Marked tiles are skipped from the next call of the same stream and generation on. Where scores are NaN, or weights
-    underflow, a kernel may mark fewer tiles than are marked here.
+    underflow, a kernel may mark fewer tiles than are marked here; by mass and at thresholds below -60 also more.
     """
     batch, heads, q_len, _ = q.shape
     k_len = k.shape[2]

@@ -15,8 +15,11 @@ _WRITES = {
     operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
     operator.ilshift, operator.irshift,
+    torch.native_batch_norm, torch._batch_norm_impl_index, torch.cudnn_batch_norm, torch.miopen_batch_norm,
+    torch.batch_norm_update_stats, torch.fused_moving_avg_obs_fake_quant,
 }  # fmt: skip
-_WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES}
+"""The last six if they are given statistics to update, as they usually are."""
+_WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES if function.__module__ == "_operator"}
 _NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
 """Their underscore only keeps them apart from keywords."""
 _BUILTIN_NORM = ("input", "weight", "bias", "running_mean", "running_var")
@@ -60,7 +63,8 @@ def writes(node: fx.Node) -> bool:
 
 def _is_asked_to_write(node: fx.Node) -> bool:
     """Whether a function that writes only if asked to was asked, by keyword, by position or by default."""
-    return all(_argument(node, name) not in (None, False) for name in _ASKED_BY.get(node.target, ("inplace",)))
+    arguments = [_argument(node, name) for name in _ASKED_BY.get(node.target, ("inplace",))]
+    return all(argument is not None and argument is not False for argument in arguments)
 
 
 def _argument(node: fx.Node, name: str) -> object:

@@ -14,17 +14,12 @@ from kernel_resources import Build, resource_usage  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.experimental.gluon._runtime import GluonASTSource  # noqa: E402
 
-from lite_compile.kernels import hopper_short_rows, hopper_workers, tma_blocks, visit_lists  # noqa: E402
+from lite_compile.kernels import attend_hopper, hopper_short_rows, hopper_workers, tma_blocks, visit_lists  # noqa: E402
 from lite_compile.kernels.select_kernel import hopper_obstacle  # noqa: E402
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 SHARED_KB = 227
 ELEMENTS = {BF16: "bf16", FP16: "fp16", torch.int8: "i8", torch.float8_e4m3fn: "fp8e4nv"}
-
-
-def fixes_shift(dtype: torch.dtype, head_dim: int, **constants: bool) -> bool:
-    """What `attend_hopper` decides."""
-    return dtype == BF16 and head_dim > 64 and not constants.get("HAS_BIAS") and not constants.get("short")
 
 
 def build_offline(
@@ -43,7 +38,8 @@ def build_offline(
     fixed |= constants
     fixed["QK_BITS"] = 8 * qk.itemsize
     if not short:
-        fixed["FIXED_SHIFT"] = fixes_shift(dtype, head_dim, **constants)
+        name = "int8" if qk == torch.int8 else None if qk == dtype else "fp8"
+        fixed["FIXED_SHIFT"] = attend_hopper._fixes_shift(dtype, head_dim, name, fixed["HAS_BIAS"])
     optional = {
         "lse": fixed["HAS_LSE"],
         "key_bias": fixed["HAS_BIAS"],
@@ -140,7 +136,8 @@ def test_compiles_for_hopper(
     assert "cp.async.bulk.tensor" in build.ptx
     assert "setmaxnreg" in build.ptx
     assert not constants.get("short") or unpublished_stores(build.ptx) == []
-    assert ("min.u32" in build.ptx) is fixes_shift(dtype, head_dim, **constants)
+    fixes_shift = dtype == BF16 and head_dim > 64 and qk != torch.int8 and not constants.keys() & {"HAS_BIAS", "short"}
+    assert ("min.u32" in build.ptx) is fixes_shift
     assert not re.search(r"\bbar\.sync\s+\d+;", build.ptx)  # each barrier is one of a partition's threads
     assert spilled is None or build.spilled_bytes <= spilled
 

@@ -42,6 +42,8 @@ def set_a_row(x: Tensor) -> None:
         (lambda x: torch.instance_norm(x[None], None, None, PLANE_MEAN, PLANE_MEAN, True, 0.1, 1e-5, True), True),
         (lambda x: F.embedding(torch.tensor([1]), x, max_norm=1.0), True),
         (lambda x: F.embedding(torch.tensor([1]), x, None, 1.0), True),
+        (lambda x: F.embedding(torch.tensor([1]), x, max_norm=0.0), True),
+        (lambda x: torch.native_batch_norm(x, None, None, MEAN, MEAN, True, 0.1, 1e-5), True),
         (lambda x: F.embedding_bag(torch.tensor([[1]]), x, max_norm=1.0), True),
         (lambda x: F.batch_norm(x, MEAN, MEAN), False),
         (lambda x: F.batch_norm(x, None, None, training=True), False),
