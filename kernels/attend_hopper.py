@@ -71,8 +71,11 @@ class _Plan(NamedTuple):
 
 
 def _fixes_shift(dtype: torch.dtype, head_dim: int, qk_dtype: str | None, has_bias: bool) -> bool:
-    """Whether long rows use `hopper_fixed_shift`: float16 has too few exponents for it, a bias may hide a row's first
-    tile, scores of int8 would be rounded before they are compared, and at head dims up to 64 it is slower."""
+    """Whether long rows use `hopper_fixed_shift`.
+
+    float16 has too few exponents for it, a bias may hide a row's first tile, scores of int8 would be rounded before
+    they are compared, and at head dims up to 64 it is slower.
+    """
     return dtype == torch.bfloat16 and head_dim > 64 and qk_dtype != "int8" and not has_bias
 
 

@@ -11,8 +11,8 @@ from __future__ import annotations
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .hopper_pipeline import ROWS, TILE_K, sum_own
-from .hopper_products import multiply_keys, multiply_values
+from .hopper_pipeline import ROWS, TILE_K
+from .hopper_products import multiply_keys, multiply_values, sum_own
 
 _ROOM = gl.constexpr(48.0)
 """log2 units by which scores may exceed the first tile's. More would cost precision where V is small: weights and their

@@ -10,8 +10,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
 from ..ops import LOG2_E
-from .hopper_pipeline import AT_BIAS, AT_BIASED, ROWS, TILE_K, read_task, sum_own
-from .hopper_products import MAGIC, multiply_keys, multiply_values
+from .hopper_pipeline import AT_BIAS, AT_BIASED, ROWS, TILE_K, read_task
+from .hopper_products import MAGIC, multiply_keys, multiply_values, sum_own
 
 _LOG2_E = gl.constexpr(LOG2_E)
 _LOWEST = gl.constexpr(torch.finfo(torch.float32).min / LOG2_E)

@@ -27,8 +27,8 @@ _PLACES = gl.constexpr(17)
 ) = (gl.constexpr(place) for place in range(_PLACES.value))  # fmt: skip
 """Where the producer writes down for the consumers what differs between tasks: how many tiles this one visits (-1: none
 is left), how many tiles and how many tasks came before it, its batch entry, head and first query, and how many queries
-there are from that on; then addresses; then whether it is done again, with a running maximum. Registers that held it
-would be missing in the consumers' loop. In the last place the consumers write down 1 if it has to be."""
+there are from that on; then addresses; then whether it is done again (`hopper_fixed_shift`). Registers that held it
+would be missing in the consumers' loop. The last place is for the consumers: 1 if it is to be done again."""
 
 
 @gluon.jit
@@ -67,12 +67,6 @@ def allocate(q_desc, k_desc, v_desc, o_desc):
         mbarrier.init(v_empty.index(i), count=CONSUMERS)
     fence_async_shared()
     return (q_smem, q_full, q_empty, task), (k_smem, v_smem, k_full, v_full, k_empty, v_empty), o_smem, turns
-
-
-@gluon.jit
-def sum_own(x):
-    """`[ROWS, 4]`: sums over what each thread holds of a row of `x` `[ROWS, TILE_K]`, without any exchange."""
-    return gl.sum(gl.sum(x.reshape([ROWS, TILE_K // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit

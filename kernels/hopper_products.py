@@ -1,4 +1,4 @@
-"""The two matrix products of a tile in the Hopper kernels: QK^T, and weights times V.
+"""What both loops over key tiles of the Hopper kernels do: the two products of a tile, and sums of its weights.
 
 With q and k in 8 bits the tensor cores are not what takes the time, and consumers that use them at will soon do so all
 at once, and then are in their softmax all at once. So they take turns: PV of a tile and QK^T of the next.
@@ -48,9 +48,7 @@ def begin_turns(INDEX: gl.constexpr, turns, task, first, scale, q_scales, k_scal
 def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr):
     """`(tile, scores, factor)` of the key tile of that turn: scores times factor are in log2 units.
 
-    `k_scales`, `turns_of`: None with 16 bits.
-
-    Of int8 the scores are int32, the bits of `MAGIC` plus each.
+    Of int8 the scores are int32, the bits of `MAGIC` plus each. With 16 bits `k_scales` and `turns_of` are None.
     """
     k_smem, _, k_full, _, k_empty, _ = ring
     stage = turn % STAGES
@@ -74,6 +72,12 @@ def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, 
     if QK_BITS == 16:
         mbarrier.arrive(k_empty.index(stage), count=1)
     return tile, scores, factor
+
+
+@gluon.jit
+def sum_own(x):
+    """`[ROWS, 4]`: sums over what each thread holds of a row of `x` `[ROWS, TILE_K]`, without any exchange."""
+    return gl.sum(gl.sum(x.reshape([ROWS, TILE_K // 8, 4, 2]), 3), 1)
 
 
 @gluon.jit

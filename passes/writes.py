@@ -15,13 +15,15 @@ _WRITES = {
     operator.setitem, operator.delitem, operator.iadd, operator.isub, operator.imul, operator.itruediv,
     operator.ifloordiv, operator.imod, operator.ipow, operator.imatmul, operator.iand, operator.ior, operator.ixor,
     operator.ilshift, operator.irshift,
+}  # fmt: skip
+_WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES}
+_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
+"""Their underscore only keeps them apart from keywords."""
+_UPDATES = {
     torch.native_batch_norm, torch._batch_norm_impl_index, torch.cudnn_batch_norm, torch.miopen_batch_norm,
     torch.batch_norm_update_stats, torch.fused_moving_avg_obs_fake_quant,
 }  # fmt: skip
-"""The last six if they are given statistics to update, as they usually are."""
-_WRITING_METHODS = {f"__{function.__name__}__" for function in _WRITES if function.__module__ == "_operator"}
-_NAMED_LIKE_WRITES = {operator.and_, operator.or_, operator.not_, operator.is_}
-"""Their underscore only keeps them apart from keywords."""
+"""Builtins that update statistics, if they are given any."""
 _BUILTIN_NORM = ("input", "weight", "bias", "running_mean", "running_var")
 _PARAMETERS: dict[Any, tuple[str, ...]] = {
     torch.batch_norm: (*_BUILTIN_NORM, "training"), torch.instance_norm: (*_BUILTIN_NORM, "use_input_stats"),
@@ -54,6 +56,7 @@ def writes(node: fx.Node) -> bool:
     name = getattr(target, "__name__", "")
     return (
         target in _WRITES
+        or target in _UPDATES
         or (name.endswith("_") and not name.endswith("__") and target not in _NAMED_LIKE_WRITES)
         or node.kwargs.get("out") is not None
         or _is_asked_to_write(node)
