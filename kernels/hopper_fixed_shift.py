@@ -107,5 +107,5 @@ def visit_with_fixed_shift(
         weighted = multiply_values(
             weights, weighted, ring, turn, turns_of, marks + tile + everywhere, live & ~negligible, QK_BITS
         )
-    excess = gl.max(gl.where(highest < 0, 0, 1), 0)
+    excess = gl.max(gl.where((highest < 0) | ~live, 0, 1), 0)
     return shift, argmax_tile, total, weighted, gl.where(again != 0, 0, excess)
