@@ -29,12 +29,13 @@ THRESHOLD = -3.0
 
 def run(
     workers: int, seed: int, qk: torch.dtype, biased: bool, fixed_shift: bool = False, sharpness: float = 1.0,
-    hides_a_tile: bool = False, by_mass: bool = False,
+    hides_a_tile: bool = False, by_mass: bool = False, value_scale: float = 1.0,
 ) -> int:  # fmt: skip
     """Run the kernel over rows with 0 to all of their tiles; compare results and notes with float64.
 
     The longest keys, which are the last, are longer than the first by `sharpness`. `hides_a_tile`: scores of the first
-    tile are -inf, being too large for float32, and the others are far below 0.
+    tile are -inf, being too large for float32, and the others are far below 0. `value_scale`: what V is multiplied by;
+    if it is not 1, every program visits the first tile first.
 
     Returns how many programs were done again.
     """
@@ -48,6 +49,7 @@ def run(
         k *= (sharpness ** torch.linspace(0, 1, K_LEN))[:, None].to(dtype)
     if hides_a_tile:
         q[..., 0], k[..., 0], k[:, :, : TILE.k, 0] = 1000.0, -4.0, -3e38
+    v *= value_scale
     q_scales = k_scales = None
     q_scale, k_scale = torch.ones(BATCH, HEADS, Q_LEN, 1), torch.ones(BATCH, KV_HEADS, K_LEN, 1)
     if qk.itemsize == 1:
@@ -62,7 +64,10 @@ def run(
         torch.full((BATCH, HEADS, Q_LEN), 77.0),
     )
 
-    order = torch.rand(PROGRAMS, K_TILES).argsort(1).to(torch.int16)
+    ranks = torch.rand(PROGRAMS, K_TILES)
+    if value_scale != 1:
+        ranks[:, 0] = -1
+    order = ranks.argsort(1).to(torch.int16)
     counts = torch.cat([torch.randint(0, K_TILES + 1, (PROGRAMS,)), torch.zeros(1, dtype=torch.int64)]).int()
     visited = torch.zeros(PROGRAMS, K_TILES, dtype=torch.bool)
     for program, count in enumerate(counts[:-1]):
@@ -157,6 +162,12 @@ def test_rows_that_begin_with_nothing(workers: int, fixed_shift: bool, by_mass: 
         run(workers, seed, dtype, False, fixed_shift, hides_a_tile=True, by_mass=by_mass) for seed in range(6)
     )
     assert (repeated > 0) is fixed_shift
+
+
+def test_programs_done_again_keep_small_values_precise() -> None:
+    """The room that first attempts leave above a row's maximum would push such products below float32's exponents."""
+    for seed in range(3):
+        assert run(3, seed, torch.bfloat16, False, True, hides_a_tile=True, value_scale=2.0**-95) > 0
 
 
 def test_the_machine_notices_who_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
