@@ -19,16 +19,17 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
-ATTENTION = ("bench-gpu-h100.json",)
-FORWARD = (
+ATTENTION, ATTENTION_H100 = ("bench-gpu-h200.json",), ("bench-gpu-h100.json",)
+FORWARD = ("bench-forward-h200.json", "bench-forward-h200-40-layers.json")
+FORWARD_H100 = (
     "bench-forward-h100.json",
     "bench-forward-h100-40-layers.json",
     "bench-forward-h100-4096-whole.json",
     "bench-forward-h100-4096-blocks.json",
 )
-FORWARD_BEFORE = ("bench-forward-h200.json",)
 """Of each shape, and of each model and what is compiled of it, the first of these files that has it counts."""
 SHARES = (0.0, 0.42, 0.57, 0.77)
+BREAK_EVEN = "bench-short-h200.json"
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
 MODELS = {
@@ -113,9 +114,9 @@ def attention() -> str:
     return table(header, rows) + about
 
 
-def attention_short() -> str:
+def attention_short(names: Sequence[str] = ATTENTION) -> str:
     """Speed-up over cuDNN at three levels of scattered skipping, for both kernels."""
-    measured, about = load_newest(ATTENTION, shape_name)
+    measured, about = load_newest(names, shape_name)
     rows = []
     for shape in dict.fromkeys(tuple(row["shape"]) for row in measured):
         for kernel in ("hopper", "triton"):
@@ -129,7 +130,7 @@ def attention_short() -> str:
 
 def break_even() -> str:
     """Short sequences: cuDNN's time over ours, by kernel and head dim, at each skipped share."""
-    run = load("bench-short-h100.json")
+    run = load(BREAK_EVEN)
     columns = list(dict.fromkeys((row["kernel"], row["shape"][3]) for row in run["rows"]))
     shares = list(dict.fromkeys(row["share"] for row in run["rows"]))
     found = {(row["shape"][2], row["kernel"], row["shape"][3], row["share"]): row["speed_up"] for row in run["rows"]}
@@ -139,7 +140,7 @@ def break_even() -> str:
     ]
     header = ["tokens", *(f"{kernel}, D={dim}" for kernel, dim in columns)]
     about = f"{run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']}"
-    return table(header, rows) + f"\n{about} (`benchmarks/results/bench-short-h100.json`).\n"
+    return table(header, rows) + f"\n{about} (`benchmarks/results/{BREAK_EVEN}`).\n"
 
 
 def forward(names: Sequence[str] = FORWARD) -> str:
@@ -283,9 +284,10 @@ def criteria() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
     "attention-short": attention_short,
+    "attention-short-hundred": lambda: attention_short(ATTENTION_H100),
     "break-even": break_even,
     "forward": forward,
-    "forward-before": lambda: forward(FORWARD_BEFORE),
+    "forward-hundred": lambda: forward(FORWARD_H100),
     "resources": resources,
     "gpu-tests": suites,
     "fidelity": fidelity,
