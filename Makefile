@@ -4,19 +4,22 @@ VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+FORWARD_ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lite-compile-installed
 TYPES := build/types
 SITE := build/site
+AT_SITE = PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH $(PYTHON)
 MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help env demo test test-slow test-gpu lint format types bench bench-cpu bench-doc models-doc build clean
+.PHONY: help env demo test test-slow test-gpu lint format types bench bench-attention bench-forward bench-cpu bench-doc \
+    models-doc build clean has-gpu site
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 env: $(STAMP)  ## make or update the environment in .venv
 
@@ -50,18 +53,25 @@ GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/
     tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py \
     tests/test_root_contents.py
 
-test-gpu:  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch (PYTEST_ARGS="-n 10 --dist worksteal")
-	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
-	    { echo "make test-gpu: $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
-	@rm -rf $(SITE) build/lib
-	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
-	LITE_TEST_DEVICE=cuda LITE_TEST_DTYPE=$(GPU_DTYPE) PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH \
-	    $(PYTHON) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
+test-gpu: has-gpu site  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch (PYTEST_ARGS="-n 10 --dist worksteal")
+	LITE_TEST_DEVICE=cuda LITE_TEST_DTYPE=$(GPU_DTYPE) $(AT_SITE) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
 
-bench:  ## time attention on this machine's GPU with PYTHON's own torch (BENCH_ARGS="--json FILE")
+bench: bench-attention bench-forward  ## time attention, then forwards, on this machine's GPU: a quarter of an hour
+
+bench-attention: has-gpu site  ## the first of them, with PYTHON's own torch (BENCH_ARGS="--json FILE")
+	$(AT_SITE) benchmarks/bench_gpu.py $(BENCH_ARGS)
+
+bench-forward: has-gpu site  ## the second, with PYTHON's own diffusers (FORWARD_ARGS="--json FILE")
+	@$(PYTHON) -c 'import diffusers' || { echo "make $@: $(PYTHON) needs diffusers; pip install diffusers" >&2; exit 1; }
+	$(AT_SITE) benchmarks/bench_forward.py $(FORWARD_ARGS)
+
+has-gpu:
+	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
+	    { echo "make $(MAKECMDGOALS): $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
+
+site:
 	@rm -rf $(SITE) build/lib
 	$(PYTHON) -m pip install --quiet --no-deps --no-build-isolation --target $(SITE) .
-	PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH $(PYTHON) benchmarks/bench_gpu.py $(BENCH_ARGS)
 
 bench-cpu: $(STAMP)  ## time the CPU implementation against dense SDPA
 	$(BIN)/python benchmarks/bench_cpu.py

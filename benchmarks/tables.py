@@ -29,6 +29,8 @@ FORWARD_H100 = (
 )
 """Of each shape, and of each model and what is compiled of it, the first of these files that has it counts."""
 SHARES = (0.0, 0.42, 0.57, 0.77)
+IMPOSED = (0.21, 0.42, 0.57, 0.77, 0.9)
+"""The shares of the tiles that the masks of `bench_gpu.py` skip."""
 BREAK_EVEN = "bench-short-h200.json"
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
@@ -86,11 +88,6 @@ def key(row: Row) -> tuple[tuple[int, ...], str, str]:
     return tuple(row["shape"]), row["kernel"], row["pattern"]
 
 
-def percent(row: Row) -> str:
-    """The skipped share."""
-    return f"{100 * row['skipped']:.0f} %"
-
-
 def share_of(row: Row) -> float:
     """Which of `SHARES` a row stands for: few tiles cannot be divided at will. Raises `ValueError` if it is none."""
     share = min(SHARES, key=lambda share: abs(row["skipped"] - share))
@@ -100,17 +97,39 @@ def share_of(row: Row) -> float:
 
 
 def attention() -> str:
-    """Every row of the runs of `bench_gpu.py`."""
-    found, about = load_newest(ATTENTION, shape_name)
-    header = ["B x H x S x D", "kernel", "mask", "skipped"]
-    header += ["ms", "cold, ms", "effective TF", "x cuDNN", "time / ideal", "error"]
+    """What `bench_gpu.py` measured with nothing skipped."""
+    measured, about = load_newest(ATTENTION, shape_name)
+    header = ("B x H x S x D", "kernel", "ms", "cold, ms", "TF", "x cuDNN", "error")
     rows = [
         (
-            shape_name(row), row["kernel"], row["pattern"], percent(row), f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}",
-            f"{row['effective_tflops']:.0f}", f"{row['speed_up']:.2f}", f"{row['of_ideal']:.2f}", f"{row['error']:.1e}",
+            shape_name(row), row["kernel"], f"{row['ms']:.2f}", f"{row['cold_ms']:.2f}",
+            f"{row['effective_tflops']:.0f}", f"{row['speed_up']:.2f}", f"{row['error']:.1e}",
         )
-        for row in found
+        for row in measured
+        if not row["skipped"]
     ]  # fmt: skip
+    return table(header, rows) + about
+
+
+def attention_sparse() -> str:
+    """What `bench_gpu.py` measured of each mask."""
+    measured, about = load_newest(ATTENTION, shape_name)
+    found: dict[Any, dict[float, Row]] = {}
+    for row in measured:
+        if row["skipped"]:
+            nearest = min(IMPOSED, key=lambda share, row=row: abs(share - row["skipped"]))
+            found.setdefault(key(row), {})[nearest] = row
+
+    def cell(row: Row | None) -> str:
+        if row is None:
+            return "not measured"
+        return f"{row['ms']:.2f} / {row['effective_tflops']:.0f} / {row['speed_up']:.2f} / {row['of_ideal']:.2f}"
+
+    rows = [
+        (shape_name(next(iter(by_share.values()))), kernel, pattern, *(cell(by_share.get(share)) for share in IMPOSED))
+        for (_, kernel, pattern), by_share in found.items()
+    ]
+    header = ("B x H x S x D", "kernel", "mask", *(f"{100 * share:.0f} %" for share in IMPOSED))
     return table(header, rows) + about
 
 
@@ -283,6 +302,7 @@ def criteria() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "attention": attention,
+    "attention-sparse": attention_sparse,
     "attention-short": attention_short,
     "attention-short-hundred": lambda: attention_short(ATTENTION_H100),
     "break-even": break_even,
