@@ -3,20 +3,22 @@ PYTHON ?= python3
 VENV ?= .venv
 PYTEST_ARGS ?=
 DEMO_ARGS ?=
-BENCH_ARGS ?=
-FORWARD_ARGS ?=
+BENCH_ARGS ?= --json benchmarks/results/bench-gpu.json
+FORWARD_ARGS ?= --json benchmarks/results/bench-forward.json
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.lite-compile-installed
 TYPES := build/types
 SITE := build/site
-AT_SITE = PYTHONPATH=$(CURDIR)/$(SITE):$$PYTHONPATH $(PYTHON)
+AT_SITE = PYTHONPATH="$(CURDIR)/$(SITE)$${PYTHONPATH:+:$$PYTHONPATH}" $(PYTHON)
 MYPY = $(abspath $(BIN))/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache
 CHECKED := lite_compile passes kernels tests examples benchmarks
 
 .DEFAULT_GOAL := help
+# Two jobs at once would share the GPU that they time, and folders that they install into.
+.NOTPARALLEL:
 .PHONY: help env demo test test-slow test-gpu lint format types bench bench-attention bench-forward bench-cpu bench-doc \
-    models-doc build clean has-gpu site
+    models-doc build clean has-gpu has-bench-tools site
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-15s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -53,21 +55,24 @@ GPU_TESTS = tests/gpu tests/test_generations.py tests/test_persistence.py tests/
     tests/test_regional.py tests/test_identity.py tests/test_threads.py tests/test_history.py tests/test_refresh.py \
     tests/test_root_contents.py
 
-test-gpu: has-gpu site  ## the tests that a device matters to, on a CUDA machine, with PYTHON's own torch (PYTEST_ARGS="-n 10 --dist worksteal")
+test-gpu: has-gpu site  ## the tests that need a GPU, or run differently on one, with PYTHON's own torch (PYTEST_ARGS="-n 10 --dist worksteal")
 	LITE_TEST_DEVICE=cuda LITE_TEST_DTYPE=$(GPU_DTYPE) $(AT_SITE) -m pytest $(GPU_TESTS) $(PYTEST_ARGS)
 
-bench: bench-attention bench-forward  ## time attention, then forwards, on this machine's GPU: a quarter of an hour
+bench: has-gpu has-bench-tools bench-attention bench-forward  ## both benchmarks below; results in benchmarks/results
 
-bench-attention: has-gpu site  ## the first of them, with PYTHON's own torch (BENCH_ARGS="--json FILE")
+bench-attention: has-gpu site  ## time single attention calls against cuDNN, FlashAttention-2 and FlexAttention (BENCH_ARGS="--shape 0")
 	$(AT_SITE) benchmarks/bench_gpu.py $(BENCH_ARGS)
 
-bench-forward: has-gpu site  ## the second, with PYTHON's own diffusers (FORWARD_ARGS="--json FILE")
-	@$(PYTHON) -c 'import diffusers' || { echo "make $@: $(PYTHON) needs diffusers; pip install diffusers" >&2; exit 1; }
+bench-forward: has-gpu has-bench-tools site  ## time Wan's transformers against Inductor with cuDNN (FORWARD_ARGS="--model 1.3b")
 	$(AT_SITE) benchmarks/bench_forward.py $(FORWARD_ARGS)
 
 has-gpu:
 	@$(PYTHON) -c 'import torch; assert torch.cuda.is_available()' 2>/dev/null || \
 	    { echo "make $(MAKECMDGOALS): $(PYTHON) has no torch that sees a CUDA device; name one with PYTHON=..." >&2; exit 1; }
+
+has-bench-tools:
+	@$(PYTHON) -c 'import diffusers, tqdm' || \
+	    { echo "make $(MAKECMDGOALS): $(PYTHON) needs diffusers and tqdm; pip install diffusers tqdm" >&2; exit 1; }
 
 site:
 	@rm -rf $(SITE) build/lib

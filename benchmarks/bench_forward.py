@@ -11,8 +11,6 @@ from __future__ import annotations
 import argparse
 import copy
 import itertools
-import json
-import os
 import statistics
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
@@ -20,6 +18,7 @@ from typing import Any
 
 import torch
 import triton
+from conditions import save
 from diffusers import WanTransformer3DModel
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -189,15 +188,6 @@ def main() -> None:
         print(f"      state of all layers, 4 streams: {rows[-1]['state_bytes_of_all_layers'] / 1e6:.0f} MB")
         if arguments.json:  # after each model, so that a run that is cut short leaves what it measured
             save(arguments.json, rows)
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write what was measured, and under which conditions."""
-    record = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
-    }  # fmt: skip
-    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 if __name__ == "__main__":

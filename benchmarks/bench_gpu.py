@@ -8,10 +8,7 @@ its power then. "cold" is one launch after a pause.
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import triton
+from conditions import save
 from skip_patterns import PATTERNS, Shape, impose
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,6 +40,7 @@ SHAPES: list[Shape] = [
 ]
 SHARES = (0.21, 0.42, 0.57, 0.77, 0.9)
 FLEX_TILE = TileShape(128, 128)
+DENSE = {"cudnn": SDPBackend.CUDNN_ATTENTION, "fa2": SDPBackend.FLASH_ATTENTION}
 SPARSE, EIGHT_BITS = ("hopper", "triton", "flex"), ("hopper-int8", "hopper-fp8")
 ERRORS = {"hopper-int8": 4e-2, "hopper-fp8": 1e-1}
 """Largest relative error where it is not that of bfloat16."""
@@ -53,7 +52,7 @@ class Problem:
 
     def __init__(self, shape: Shape, device: str = "cuda") -> None:
         batch, heads, length, dim = shape
-        self.shape, self.scale = shape, dim**-0.5
+        self.shape, self.device, self.scale = shape, device, dim**-0.5
         self.q, self.k, self.v = (
             torch.randn(batch, length, heads, dim, device=device, dtype=torch.bfloat16).transpose(1, 2)
             for _ in range(3)
@@ -130,43 +129,62 @@ def cold(call: Callable[[], object]) -> float:
 
 def cases() -> Iterator[tuple[str, str, float]]:
     """`(kernel, pattern, share)` of what is timed; with nothing skipped all patterns are the same."""
+    yield from ((name, "", 0.0) for name in DENSE)
     yield from ((name, "scattered", 0.0) for name in (*SPARSE, *EIGHT_BITS))
     yield from ((name, pattern, share) for name in SPARSE for pattern in PATTERNS for share in SHARES)
 
 
-def measure(shape: Shape, progress: tqdm[Any]) -> Iterator[dict[str, Any]]:
-    """One row per case, the dense kernels first."""
-    problem = Problem(shape)
+def our_kernels(head_dim: int, device: str) -> dict[str, Kernel | str]:
+    """Each of our kernels, or why this device has it not."""
+    parts = {name: name.partition("-") for name in (*SPARSE, *EIGHT_BITS) if name != "flex"}
+    return {
+        name: select_kernel(torch.device(device), torch.bfloat16, head_dim, base, qk_dtype or None)
+        for name, (base, _, qk_dtype) in parts.items()
+    }
 
-    def row(kernel: str, pattern: str, share: float, call: Callable[[], Tensor], error: float) -> dict[str, Any]:
-        limit = ERRORS.get(kernel, BFLOAT16_ERROR)
-        assert error < limit, f"{kernel} {shape} {pattern} {share}: relative error {error}, allowed {limit}"
-        found = {
-            "shape": shape, "kernel": kernel, "pattern": pattern, "skipped": share, "error": error,
-            "ms": sustained(call, problem.repeats), "cold_ms": cold(call),
-        }  # fmt: skip
-        found["effective_tflops"] = problem.flops * (1 - share) / found["ms"] / 1e9
-        progress.update()
-        return found
 
-    for name, backend in (("cudnn", SDPBackend.CUDNN_ATTENTION), ("fa2", SDPBackend.FLASH_ATTENTION)):
-        tile = TileShape(128, 128)
-        error = problem.error(problem.sdpa(backend), None, tile)
-        yield row(name, "", 0.0, partial(problem.sdpa, backend), error)
-    for name, pattern, share in cases():
-        if name == "flex":
-            _, mask = impose(shape, FLEX_TILE, pattern, share)
-            call = problem.flex(mask)
-            yield row(name, pattern, float(mask.float().mean()), call, problem.error(call(), mask, FLEX_TILE))
-            continue
-        base, _, qk_dtype = name.partition("-")
-        kernel = select_kernel(torch.device("cuda"), torch.bfloat16, shape[3], base, qk_dtype or None)
+def prepare(
+    problem: Problem, kernel: Kernel | None, name: str, pattern: str, share: float
+) -> tuple[Callable[[], Tensor], Tensor | None, TileShape]:
+    """`(call, mask, tile)` of one case; the mask is None if the kernel is given none. `kernel`: if it is ours."""
+    if name in DENSE:
+        return partial(problem.sdpa, DENSE[name]), None, FLEX_TILE
+    if kernel is None:
+        _, mask = impose(problem.shape, FLEX_TILE, pattern, share, problem.device)
+        return problem.flex(mask), mask, FLEX_TILE
+    state, mask = impose(problem.shape, kernel.tile, pattern, share, problem.device)
+    return partial(problem.ours, kernel, state), mask, kernel.tile
+
+
+def measure(shape: Shape, progress: tqdm[Any], device: str = "cuda") -> Iterator[dict[str, Any]]:
+    """One row per case, cuDNN's first. Raises `AssertionError` where a result is wrong."""
+    problem, kernels = Problem(shape, device), our_kernels(shape[3], device)
+    for name, kernel in kernels.items():
         if isinstance(kernel, str):
             progress.write(f"{name}: {kernel}")
+    dense_ms = math.nan
+    for name, pattern, share in cases():
+        progress.update()
+        kernel = kernels.get(name)
+        if isinstance(kernel, str):
             continue
-        state, mask = impose(shape, kernel.tile, pattern, share)
-        ours = partial(problem.ours, kernel, state)
-        yield row(name, pattern, float(mask.float().mean()), ours, problem.error(ours(), mask, kernel.tile))
+        call, mask, tile = prepare(problem, kernel, name, pattern, share)
+        error, limit = problem.error(call(), mask, tile), ERRORS.get(name, BFLOAT16_ERROR)
+        assert error < limit, f"{name} {shape} {pattern} {share}: relative error {error}, allowed {limit}"
+        ms = sustained(call, problem.repeats)
+        skipped = 0.0 if mask is None else float(mask.float().mean())
+        dense_ms = ms if name == "cudnn" else dense_ms
+        yield {
+            "shape": shape, "kernel": name, "pattern": pattern, "skipped": skipped, "error": error, "ms": ms,
+            "cold_ms": cold(call), "effective_tflops": problem.flops * (1 - skipped) / ms / 1e9,
+            "speed_up": dense_ms / ms, "of_ideal": ms / (1 - skipped) / dense_ms,
+        }  # fmt: skip
+
+
+def require_gpu() -> None:
+    """Exit with a message where there is none."""
+    if not torch.cuda.is_available():
+        raise SystemExit("this benchmark needs an NVIDIA GPU; `make bench-cpu` is for CPUs")
 
 
 def main() -> None:
@@ -174,8 +192,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the table to this file")
     parser.add_argument("--shape", type=int, nargs="+", default=range(len(SHAPES)), help=f"indices into {SHAPES}")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs an NVIDIA GPU; `make bench-cpu` is for CPUs")
+    require_gpu()
     shapes = [SHAPES[number] for number in arguments.shape]
     rows = []
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
@@ -183,29 +200,17 @@ def main() -> None:
         f"{'shape':>17} {'kernel':>11} {'pattern':>16} {'skipped':>8} {'ms':>8} {'cold':>8} {'TF eff.':>8} "
         f"{'/ cuDNN':>8} {'/ ideal':>8} {'error':>8}"
     )
-    with tqdm(total=len(shapes) * (2 + len(list(cases()))), disable=None, leave=False) as progress:
+    with tqdm(total=len(shapes) * len(list(cases())), disable=None, leave=False) as progress:
         for shape in shapes:
             for row in measure(shape, progress):
-                if row["kernel"] == "cudnn":
-                    cudnn = row["ms"]
-                row |= {"speed_up": cudnn / row["ms"], "of_ideal": row["ms"] / (1 - row["skipped"]) / cudnn}
                 rows.append(row)
                 progress.write(
                     f"{'x'.join(map(str, shape)):>17} {row['kernel']:>11} {row['pattern']:>16} {row['skipped']:8.3f} "
                     f"{row['ms']:8.3f} {row['cold_ms']:8.3f} {row['effective_tflops']:8.0f} {row['speed_up']:8.2f} "
                     f"{row['of_ideal']:8.3f} {row['error']:8.1e}"
                 )
-            if arguments.json:  # after each shape, so that a run that is cut short leaves what it measured
-                save(arguments.json, rows)
-
-
-def save(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Write what was measured, and under which conditions."""
-    record = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": platform.python_version(), "commit": os.environ.get("LITE_COMMIT", "unknown"), "rows": rows,
-    }  # fmt: skip
-    path.write_text(json.dumps(record, indent=1) + "\n")
+                if arguments.json:  # after each row, so that a run that is cut short leaves what it measured
+                    save(arguments.json, rows)
 
 
 if __name__ == "__main__":

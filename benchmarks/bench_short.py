@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 import triton
-from bench_gpu import BFLOAT16_ERROR, Problem, save
+from bench_gpu import BFLOAT16_ERROR, Problem, require_gpu
+from conditions import save
 from skip_patterns import impose
 from torch import Tensor
 from torch.nn.attention import SDPBackend
@@ -73,8 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", type=Path, help="write the table to this file")
     arguments = parser.parse_args()
-    if not torch.cuda.is_available():
-        raise SystemExit("this benchmark needs an NVIDIA GPU")
+    require_gpu()
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, triton {triton.__version__}, bf16")
     print(f"{'tokens':>8} {'D':>4} {'kernel':>8} {'skipped':>8} {'ms':>8} {'cuDNN':>8} {'/ cuDNN':>8}")
     rows = []

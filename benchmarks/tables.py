@@ -19,6 +19,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 PAGES = (ROOT / "docs" / "performance.md", ROOT / "docs" / "fidelity.md", ROOT / "README.md")
 _MARKERS = re.compile(r"(<!-- table: ([a-z-]+) -->\n).*?(<!-- end of table -->)", re.DOTALL)
 
+# Of each shape, and of each model and what is compiled of it, the first of these files that has it counts.
 ATTENTION, ATTENTION_H100 = ("bench-gpu-h200.json",), ("bench-gpu-h100.json",)
 FORWARD = ("bench-forward-h200.json", "bench-forward-h200-40-layers.json")
 FORWARD_H100 = (
@@ -27,10 +28,10 @@ FORWARD_H100 = (
     "bench-forward-h100-4096-whole.json",
     "bench-forward-h100-4096-blocks.json",
 )
-"""Of each shape, and of each model and what is compiled of it, the first of these files that has it counts."""
-SHARES = (0.0, 0.42, 0.57, 0.77)
-IMPOSED = (0.21, 0.42, 0.57, 0.77, 0.9)
-"""The shares of the tiles that the masks of `bench_gpu.py` skip."""
+SHORT_TABLE = (0.0, 0.42, 0.57, 0.77)
+"""Skipped shares of the tables of forwards, and of the README's of attention."""
+LONG_TABLE = (0.21, 0.42, 0.57, 0.77, 0.9)
+"""Those of all that `bench_gpu.py` measures."""
 BREAK_EVEN = "bench-short-h200.json"
 CALIBRATION, CALIBRATION_MASS = "calibration-long-h100.json", "calibration-mass-long-h100.json"
 FIDELITY, FIDELITY_CALIBRATED = "fidelity-long-h200.json", "fidelity-long-calibrated-h100.json"
@@ -66,10 +67,9 @@ def load_newest(names: Sequence[str], case: Callable[[Row], str]) -> tuple[list[
         new = [row for row in run["rows"] if case(row) not in known]
         rows += new
         values = ", ".join(dict.fromkeys(map(case, new)))
-        about += (
-            f"\n{values}: {run['device']}, torch {run['torch']}, triton {run['triton']}, bf16, commit {run['commit']} "
-            f"(`benchmarks/results/{name}`).\n"
-        )
+        versions = ", ".join(f"{tool} {run[tool]}" for tool in ("torch", "triton", "cudnn") if tool in run)
+        about += f"\n{values}: {run['device']}, {versions}, bf16, commit {run['commit']} "
+        about += f"(`benchmarks/results/{name}`).\n"
     return rows, about
 
 
@@ -88,12 +88,10 @@ def key(row: Row) -> tuple[tuple[int, ...], str, str]:
     return tuple(row["shape"]), row["kernel"], row["pattern"]
 
 
-def share_of(row: Row) -> float:
-    """Which of `SHARES` a row stands for: few tiles cannot be divided at will. Raises `ValueError` if it is none."""
-    share = min(SHARES, key=lambda share: abs(row["skipped"] - share))
-    if abs(row["skipped"] - share) > 0.02:
-        raise ValueError(f"{row['skipped']} of the tiles are skipped; allowed in this table: about {SHARES}")
-    return share
+def share_of(row: Row, shares: Sequence[float] = SHORT_TABLE) -> float | None:
+    """Which of `shares` a row stands for: few tiles cannot be divided at will. None if it is none."""
+    share = min(shares, key=lambda share: abs(row["skipped"] - share))
+    return share if abs(row["skipped"] - share) <= 0.02 else None
 
 
 def attention() -> str:
@@ -116,20 +114,21 @@ def attention_sparse() -> str:
     measured, about = load_newest(ATTENTION, shape_name)
     found: dict[Any, dict[float, Row]] = {}
     for row in measured:
-        if row["skipped"]:
-            nearest = min(IMPOSED, key=lambda share, row=row: abs(share - row["skipped"]))
-            found.setdefault(key(row), {})[nearest] = row
+        share = share_of(row, LONG_TABLE)
+        if share is not None:
+            found.setdefault(key(row), {})[share] = row
 
-    def cell(row: Row | None) -> str:
+    def cell(share: float, row: Row | None) -> str:
         if row is None:
             return "not measured"
-        return f"{row['ms']:.2f} / {row['effective_tflops']:.0f} / {row['speed_up']:.2f} / {row['of_ideal']:.2f}"
+        real = f" (at {100 * row['skipped']:.1f} %)" if abs(row["skipped"] - share) > 0.005 else ""
+        return f"{row['ms']:.2f} / {row['effective_tflops']:.0f} / {row['speed_up']:.2f} / {row['of_ideal']:.2f}{real}"
 
     rows = [
-        (shape_name(next(iter(by_share.values()))), kernel, pattern, *(cell(by_share.get(share)) for share in IMPOSED))
+        (shape_name(next(iter(by_share.values()))), kernel, pattern, *(cell(s, by_share.get(s)) for s in LONG_TABLE))
         for (_, kernel, pattern), by_share in found.items()
     ]
-    header = ("B x H x S x D", "kernel", "mask", *(f"{100 * share:.0f} %" for share in IMPOSED))
+    header = ("B x H x S x D", "kernel", "mask", *(f"{100 * share:.0f} %" for share in LONG_TABLE))
     return table(header, rows) + about
 
 
@@ -141,9 +140,10 @@ def attention_short(names: Sequence[str] = ATTENTION) -> str:
         for kernel in ("hopper", "triton"):
             found = [row for row in measured if key(row) == (shape, kernel, "scattered")]
             if found:
-                by_share = [min(found, key=lambda r, s=share: abs(r["skipped"] - s)) for share in SHARES]
-                rows.append((shape_name(found[0]), kernel, *(f"{r['speed_up']:.2f} x" for r in by_share)))
-    header = ("B x H x S x D", "kernel", *(f"{100 * share:.0f} % skipped" for share in SHARES))
+                by_share = {share_of(row): f"{row['speed_up']:.2f} x" for row in found}
+                cells = (by_share.get(share, "not measured") for share in SHORT_TABLE)
+                rows.append((shape_name(found[0]), kernel, *cells))
+    header = ("B x H x S x D", "kernel", *(f"{100 * share:.0f} % skipped" for share in SHORT_TABLE))
     return table(header, rows) + about
 
 
@@ -173,7 +173,7 @@ def forward(names: Sequence[str] = FORWARD) -> str:
         dense = any_row["inductor_cudnn_ms"]
         cells = (
             f"{found[share]['ms']:.0f} ({dense / found[share]['ms']:.2f} x)" if share in found else "not measured"
-            for share in SHARES
+            for share in SHORT_TABLE
         )
         rows.append((MODELS[model], str(any_row["layers"]), part, f"{dense:.0f}", *cells))
     header = (
@@ -181,7 +181,7 @@ def forward(names: Sequence[str] = FORWARD) -> str:
         "layers",
         "compiled",
         "Inductor + cuDNN, ms",
-        *(f"ours, {100 * share:.0f} % skipped, ms" for share in SHARES),
+        *(f"ours, {100 * share:.0f} % skipped, ms" for share in SHORT_TABLE),
     )
     return table(header, rows) + about
 

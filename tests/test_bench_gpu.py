@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 import math
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +21,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 import bench_gpu
 from skip_patterns import HEAVY_KEEPS, PATTERNS, impose
 
-from lite_compile.skip_state import TileShape, row_layout, unpack_bits
+from lite_compile.kernels.select_kernel import select_kernel
+from lite_compile.ops import NOW_EPOCH
+from lite_compile.skip_state import EPOCH_WORD, TileShape, row_layout, unpack_bits
 
 ROWS, K_TILES = (2, 3, 100), 200
 
@@ -46,16 +52,85 @@ def test_a_band_is_around_the_diagonal() -> None:
     assert (~mask[0, 0, 0]).nonzero().flatten().tolist() == [0, 1, 2, 18, 19]
 
 
+def test_the_tiles_of_a_row_are_drawn_at_random() -> None:
+    for pattern in ("scattered", "unbalanced", "unbalanced, late"):
+        mask = PATTERNS[pattern]((1, 1, 400), 50, 0.77, "cpu")
+        by_tile = mask.float().mean((0, 1, 2))
+        assert float((by_tile - 0.77).abs().max()) < 0.1
+        assert len(mask[0, 0].unique(dim=0)) > 200
+
+
+@pytest.mark.parametrize("k_tiles", [1, 2, 3, 4])
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_masks_of_few_tiles_keep_one(pattern: str, k_tiles: int) -> None:
+    for share in (0.0, 0.5, 0.99):
+        kept = (~PATTERNS[pattern]((1, 1, 7), k_tiles, share, "cpu")).sum(-1)
+        assert int(kept.min()) >= 1
+        assert int(kept.min()) == k_tiles or share
+
+
 def test_every_kernel_meets_every_mask_once() -> None:
     cases = list(bench_gpu.cases())
-    assert len(set(cases)) == len(cases)
-    for kernel in ("hopper", "triton", "flex"):
+    assert cases[0] == ("cudnn", "", 0.0)  # the others are divided by its time
+    assert len(set(cases)) == len(cases) == 2 + 5 + 3 * 4 * 5
+    for kernel in ("hopper", "triton", "flex", "hopper-int8", "hopper-fp8"):
         assert (kernel, "scattered", 0.0) in cases
-        assert {(p, s) for name, p, s in cases if name == kernel and s} == {
-            (p, s)
-            for p in ("scattered", "banded", "unbalanced", "unbalanced, late")
-            for s in (0.21, 0.42, 0.57, 0.77, 0.9)
-        }
+    for kernel in ("hopper", "triton", "flex"):
+        patterns = {(p, s) for name, p, s in cases if name == kernel and s}
+        assert patterns == set(itertools.product(PATTERNS, (0.21, 0.42, 0.57, 0.77, 0.9)))
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> None:
+    """The benchmark's `main` on a CPU, whose kernel stands for "hopper", and where cuDNN takes 3 ms and all else 2."""
+    calls: list[float] = []
+
+    def take(call: Callable[[], object], repeats: int) -> float:
+        call()
+        calls.append(0)
+        return 2.0 if calls[1:] else 3.0
+
+    kernel = select_kernel(torch.device("cpu"), torch.bfloat16, 64, "auto")
+    monkeypatch.setattr(bench_gpu, "our_kernels", lambda *_: dict.fromkeys(KERNELS, "not here") | {"hopper": kernel})
+    monkeypatch.setattr(bench_gpu, "DENSE", {"cudnn": SDPBackend.MATH, "fa2": SDPBackend.FLASH_ATTENTION})
+    monkeypatch.setattr(bench_gpu, "SHAPES", [(1, 1, 64, 64), (1, 2, 500, 64)])
+    monkeypatch.setattr(bench_gpu, "measure", partial(bench_gpu.measure, device="cpu"))
+    monkeypatch.setattr(bench_gpu, "sustained", take)
+    monkeypatch.setattr(bench_gpu, "cold", lambda call: 7.0)
+    monkeypatch.setattr(bench_gpu, "require_gpu", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "some card")
+    monkeypatch.setattr(sys, "argv", ["bench_gpu.py", *arguments])
+    with torch.no_grad():
+        bench_gpu.main()
+
+
+KERNELS = ("hopper", "triton", "hopper-int8", "hopper-fp8")
+
+
+def test_what_is_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    used, sdpa = set(), bench_gpu.Problem.sdpa
+    monkeypatch.setattr(bench_gpu.Problem, "sdpa", lambda self, backend: used.add(backend) or sdpa(self, backend))
+    run(monkeypatch, "--shape", "1", "--json", str(tmp_path / "bench.json"))
+    assert used == {SDPBackend.MATH, SDPBackend.FLASH_ATTENTION}
+    printed = capsys.readouterr()
+    assert (printed.out + printed.err).count("not here") == 3
+    written = json.loads((tmp_path / "bench.json").read_text())
+    assert written["device"] == "some card"
+    assert {"torch", "triton", "cudnn", "python", "commit"} < written.keys()
+    assert len(written["rows"]) == 2 + 1 + 20 + 1 + 20
+    for row in written["rows"]:
+        ms = 3.0 if row["kernel"] == "cudnn" else 2.0
+        flops = 4 * 2 * 500**2 * 64 * (1 - row["skipped"])
+        assert (row["ms"], row["cold_ms"], row["speed_up"]) == (ms, 7.0, 3.0 / ms)
+        assert row["of_ideal"] == pytest.approx(ms / 3.0 / (1 - row["skipped"]))
+        assert row["effective_tflops"] == pytest.approx(flops / ms / 1e9)
+        assert 1e-4 < row["error"] < bench_gpu.BFLOAT16_ERROR
+
+
+def test_wrong_results_are_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = bench_gpu.Problem.ours
+    monkeypatch.setattr(bench_gpu.Problem, "ours", lambda *given: right(*given) * 1.01)
+    with pytest.raises(AssertionError, match=r"hopper \(1, 1, 64, 64\) scattered 0.0: relative error 0.0"):
+        run(monkeypatch, "--shape", "0")
 
 
 def test_results_are_compared_with_the_kept_tiles_alone() -> None:
@@ -63,14 +138,15 @@ def test_results_are_compared_with_the_kept_tiles_alone() -> None:
     problem = bench_gpu.Problem((1, 2, 500, 64), "cpu")
     state, mask = impose(problem.shape, TileShape(128, 128), "scattered", 0.5, "cpu")
     layout = row_layout(mask.shape[-1])
+    assert (state[0, ..., EPOCH_WORD] == problem.now[NOW_EPOCH]).all()
     assert torch.equal(unpack_bits(state[0, ..., layout.mask_start :], mask.shape[-1]), mask)
     dropped = mask.repeat_interleave(128, 2)[:, :, :500].repeat_interleave(128, 3)[..., :500]
     scores = (problem.q.double() @ problem.k.double().mT * problem.scale).masked_fill(dropped, -math.inf)
     right = (scores.softmax(-1) @ problem.v.double()).bfloat16()
     assert problem.error(right, mask, TileShape(128, 128)) < bench_gpu.BFLOAT16_ERROR
-    for start in (0, 499):  # it looks at the first and the last rows
+    for head, row in ((0, 0), (1, 499)):  # it looks at the first rows of the first head and the last of the last
         wrong = right.clone()
-        wrong[:, :, start] *= 1.5
+        wrong[:, head, row] *= 1.5
         assert problem.error(wrong, mask, TileShape(128, 128)) > bench_gpu.BFLOAT16_ERROR
     assert problem.error(right, None, TileShape(128, 128)) > bench_gpu.BFLOAT16_ERROR
     assert problem.error(problem.sdpa(SDPBackend.MATH), None, TileShape(128, 128)) < bench_gpu.BFLOAT16_ERROR
