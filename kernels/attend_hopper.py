@@ -70,13 +70,12 @@ class _Plan(NamedTuple):
         return self.attend.ready and (lists is None or (lists.list_visits.ready and lists.record_visits.ready))
 
 
-def _fixes_shift(dtype: torch.dtype, head_dim: int, qk_dtype: str | None, has_bias: bool) -> bool:
+def _fixes_shift(dtype: torch.dtype, head_dim: int, has_bias: bool) -> bool:
     """Whether long rows use `hopper_fixed_shift`.
 
-    float16 has too few exponents for it, a bias may hide a row's first tile, scores of int8 would be rounded before
-    they are compared, and at head dims up to 64 it is slower.
+    float16 has too few exponents for it, a bias may hide a row's first tile, and at head dims up to 64 it is slower.
     """
-    return dtype == torch.bfloat16 and head_dim > 64 and qk_dtype != "int8" and not has_bias
+    return dtype == torch.bfloat16 and head_dim > 64 and not has_bias
 
 
 @functools.lru_cache(256)
@@ -106,7 +105,7 @@ def _plan(
     constants = {
         "EVEN_K": k_len % HOPPER_TILE.k == 0, "HAS_LSE": has_lse, "HAS_BIAS": bias_rows is not None,
         "QK_BITS": 8 * dtype.itemsize if qk_dtype is None else 8, "BY_MASS": criterion == "mass",
-        "FIXED_SHIFT": _fixes_shift(dtype, head_dim, qk_dtype, bias_rows is not None),
+        "FIXED_SHIFT": _fixes_shift(dtype, head_dim, bias_rows is not None),
     }  # fmt: skip
     name = dtype, head_dim <= 64, index, qk_dtype
     if short:

@@ -89,9 +89,9 @@ def visit_online(
         key_bias = read_task(task, AT_BIAS).to(key_biases.dtype)
         biased = read_task(task, AT_BIASED).to(all_biased.dtype)
     for turn in range(first, first + count):
-        tile, scores, factor = multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS)
-        if ring[0].dtype == gl.int8 and not AS_BITS:
-            scores = scores.to(gl.float32, bitcast=True) - MAGIC
+        tile, scores, factor = multiply_keys(
+            q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS, AS_BITS
+        )
         if HAS_BIAS:  # noqa: SIM102, decided when compiling
             if gl.load(biased + tile) != 0:
                 left = k_len - tile * TILE_K

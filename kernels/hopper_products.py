@@ -24,7 +24,8 @@ from .hopper_pipeline import (
 
 MAGIC = gl.constexpr(1.5 * 2.0**23)
 _MAGIC_BITS = gl.constexpr(0x4B400000)
-"""A float32 whose last bit counts ones: adding an integer to its bits adds it to its value, which saves converting."""
+"""A float32 whose last bit counts ones: adding an integer to its bits adds it to its value, which saves converting, but
+what starts at it has to be set to it while it is the consumer's turn."""
 
 
 @gluon.jit
@@ -45,11 +46,15 @@ def begin_turns(INDEX: gl.constexpr, turns, task, first, scale, q_scales, k_scal
 
 
 @gluon.jit
-def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr):
+def multiply_keys(
+    q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr, AS_BITS: gl.constexpr = False
+):  # fmt: skip
     """`(tile, scores, factor)` of the key tile of that turn: scores times factor are in log2 units.
 
-    Of int8 the scores are int32, the bits of `MAGIC` plus each. With 16 bits `k_scales` and `turns_of` are None.
+    Scores are float32, or, if `AS_BITS`, int32: the bits of `MAGIC` plus the score, which is of int8. With 16 bits
+    `k_scales` and `turns_of` are None.
     """
+    IS_INT: gl.constexpr = ring[0].dtype == gl.int8
     k_smem, _, k_full, _, k_empty, _ = ring
     stage = turn % STAGES
     phase = (turn // STAGES) & 1
@@ -58,11 +63,12 @@ def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, 
     k_block = k_smem.index(stage).reshape([TILE_K, k_smem.shape[4]]).permute((1, 0))
     factor = scale
     mbarrier.wait(k_full.index(stage), phase)
-    if k_smem.dtype == gl.int8:
+    if AS_BITS:
         offset = gl.full([ROWS, TILE_K], _MAGIC_BITS, gl.int32, zeros.type.layout)
         product = warpgroup_mma(q_block, k_block, offset, is_async=True)
     else:
-        product = warpgroup_mma(q_block, k_block, zeros, use_acc=False, is_async=True)
+        nothing = zeros.to(gl.int32) if IS_INT else zeros
+        product = warpgroup_mma(q_block, k_block, nothing, use_acc=False, is_async=True)
     if QK_BITS == 8:
         mbarrier.arrive(turns_of[1], count=1)
         # While the product is computed: what waits for these before it leaves the tensor cores idle.
@@ -71,6 +77,8 @@ def multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, 
     scores = warpgroup_mma_wait(0, deps=[product])
     if QK_BITS == 16:
         mbarrier.arrive(k_empty.index(stage), count=1)
+    if IS_INT and not AS_BITS:
+        scores = scores.to(gl.float32)
     return tile, scores, factor
 
 

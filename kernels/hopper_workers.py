@@ -128,7 +128,7 @@ def attend_kernel(
         biased: as `flag_biased` wrote it; None without a bias.
         order, notes, counts: as `list_visits` wrote them.
         queue: as `queue_programs` wrote it.
-        FIXED_SHIFT: whether to use `hopper_fixed_shift`: only where V is bfloat16, q is not int8 and there is no bias.
+        FIXED_SHIFT: whether to use `hopper_fixed_shift`: only where V is bfloat16 and there is no bias.
         qk_scale: softmax scale * log2 e, positive, so that a row's maximum can be taken before scaling.
     """
     limit = marking_limit(threshold, k_tiles, BY_MASS)

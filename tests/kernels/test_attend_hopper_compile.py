@@ -38,8 +38,7 @@ def build_offline(
     fixed |= constants
     fixed["QK_BITS"] = 8 * qk.itemsize
     if not short:
-        name = "int8" if qk == torch.int8 else None if qk == dtype else "fp8"
-        fixed["FIXED_SHIFT"] = attend_hopper._fixes_shift(dtype, head_dim, name, fixed["HAS_BIAS"])
+        fixed["FIXED_SHIFT"] = attend_hopper._fixes_shift(dtype, head_dim, fixed["HAS_BIAS"])
     optional = {
         "lse": fixed["HAS_LSE"],
         "key_bias": fixed["HAS_BIAS"],
@@ -136,7 +135,7 @@ def test_compiles_for_hopper(
     assert "cp.async.bulk.tensor" in build.ptx
     assert "setmaxnreg" in build.ptx
     assert not constants.get("short") or unpublished_stores(build.ptx) == []
-    fixes_shift = dtype == BF16 and head_dim > 64 and qk != torch.int8 and not constants.keys() & {"HAS_BIAS", "short"}
+    fixes_shift = dtype == BF16 and head_dim > 64 and not constants.keys() & {"HAS_BIAS", "short"}
     assert ("min.u32" in build.ptx) is fixes_shift
     assert not re.search(r"\bbar\.sync\s+\d+;", build.ptx)  # each barrier is one of a partition's threads
     assert spilled is None or build.spilled_bytes <= spilled

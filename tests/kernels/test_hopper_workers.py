@@ -141,7 +141,7 @@ def test_partitions_wait_for_each_other(workers: int, qk: torch.dtype, biased: b
 
 
 @pytest.mark.parametrize("by_mass", [False, True], ids=["max", "mass"])
-@pytest.mark.parametrize("qk", [torch.bfloat16, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("qk", [torch.bfloat16, torch.int8, torch.float8_e4m3fn], ids=str)
 @pytest.mark.parametrize(("sharpness", "least"), [(1.0, 0), (30.0, 1), (3000.0, 6)])
 @pytest.mark.parametrize("workers", [1, 8])
 def test_programs_that_exceed_their_shift_are_done_again(
