@@ -147,6 +147,20 @@ def attention_short(names: Sequence[str] = ATTENTION) -> str:
     return table(header, rows) + about
 
 
+def attention_8_bits(names: Sequence[str] = ATTENTION_H100) -> str:
+    """What q and k in 8 bits bring and cost with nothing skipped."""
+    measured, about = load_newest(names, shape_name)
+    found = {(shape_name(row), row["kernel"]): row for row in measured if not row["skipped"]}
+    rows = []
+    for shape in dict.fromkeys(shape for shape, _ in found):
+        plain = found[shape, "hopper"]
+        cells = [shape, f"{plain['ms']:.2f} ({plain['error']:.1e})"]
+        for row in (found[shape, "hopper-int8"], found[shape, "hopper-fp8"]):
+            cells.append(f"{row['ms']:.2f}, {plain['ms'] / row['ms']:.2f} x ({row['error']:.1e})")
+        rows.append(cells)
+    return table(("B x H x S x D", "hopper, ms (error)", "hopper-int8", "hopper-fp8"), rows) + about
+
+
 def break_even() -> str:
     """Short sequences: cuDNN's time over ours, by kernel and head dim, at each skipped share."""
     run = load(BREAK_EVEN)
@@ -305,6 +319,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "attention-sparse": attention_sparse,
     "attention-short": attention_short,
     "attention-short-hundred": lambda: attention_short(ATTENTION_H100),
+    "attention-eight-bits": attention_8_bits,
     "break-even": break_even,
     "forward": forward,
     "forward-hundred": lambda: forward(FORWARD_H100),
