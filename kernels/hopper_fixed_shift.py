@@ -75,7 +75,9 @@ def visit_with_fixed_shift(
     total = sum_own(zeros)
     OWN: gl.constexpr = gl.SliceLayout(1, total.type.layout)
     for turn in range(first, first + count):
-        tile, scores, factor = multiply_keys(q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS)
+        tile, scores, factor = multiply_keys(
+            q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS, AS_BITS=False
+        )
         if not EVEN_K:  # noqa: SIM102, decided when compiling
             if k_len - tile * TILE_K < TILE_K:
                 scores = gl.where((column < k_len - tile * TILE_K)[None, :], scores, float("-inf"))

@@ -24,8 +24,7 @@ from .hopper_pipeline import (
 
 MAGIC = gl.constexpr(1.5 * 2.0**23)
 _MAGIC_BITS = gl.constexpr(0x4B400000)
-"""A float32 whose last bit counts ones: adding an integer to its bits adds it to its value, which saves converting, but
-what starts at it has to be set to it while it is the consumer's turn."""
+"""A float32 and its bits, of which the last counts ones: adding an integer to the bits adds it to the value."""
 
 
 @gluon.jit
@@ -47,12 +46,13 @@ def begin_turns(INDEX: gl.constexpr, turns, task, first, scale, q_scales, k_scal
 
 @gluon.jit
 def multiply_keys(
-    q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr, AS_BITS: gl.constexpr = False
+    q_block, ring, order, turn, scale, k_scales, turns_of, zeros, QK_BITS: gl.constexpr, AS_BITS: gl.constexpr
 ):  # fmt: skip
     """`(tile, scores, factor)` of the key tile of that turn: scores times factor are in log2 units.
 
-    Scores are float32, or, if `AS_BITS`, int32: the bits of `MAGIC` plus the score, which is of int8. With 16 bits
-    `k_scales` and `turns_of` are None.
+    Scores are float32, or, if `AS_BITS`, int32: the bits of `MAGIC` plus the score, which is of int8. That saves
+    converting them, but accumulators have to be set to `MAGIC` during the consumer's turn, when no other may use the
+    tensor cores. With 16 bits `k_scales` and `turns_of` are None.
     """
     IS_INT: gl.constexpr = ring[0].dtype == gl.int8
     k_smem, _, k_full, _, k_empty, _ = ring

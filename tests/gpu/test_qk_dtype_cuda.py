@@ -1,4 +1,4 @@
-"""Queries and keys in 8 bits on a real GPU: exact up to the rounding, and what the rounding costs."""
+"""Queries and keys in 8 bits on a real GPU: exact up to the rounding, marks included, and what the rounding costs."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import torch
 import torch.nn.functional as F
 from gpu_kernels import KERNELS
 from models import OPTIONS, denoise, noise, prompt, tiny_wan
+from test_attend_cuda import make
 from torch import Tensor
 
 import lite_compile
 from lite_compile.kernels.quantize_qk import quantize
 from lite_compile.kernels.select_kernel import Kernel, select_kernel
-from lite_compile.skip_state import state_shape
+from lite_compile.ops import CRITERIA, attend_reference
+from lite_compile.skip_state import row_layout, state_shape, tile_count, unpack_bits
 
 HOPPER_ONLY = KERNELS[-1].marks  # type: ignore[attr-defined]
 pytestmark = [pytest.mark.gpu, *HOPPER_ONLY]
@@ -76,6 +78,40 @@ def test_the_rounding_is_all_that_is_lost(shape: tuple[int, ...], dtype: torch.d
     if rising:  # where softmax is so sharp, rounding scores matters more
         return
     assert (out - exact).norm() < (0.03 if name == "int8" else 0.08) * exact.norm()
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("criterion", CRITERIA)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("k_len", "dim"), [(8400, 128), (8448, 128), (8400, 64), (1536, 128)])
+@pytest.mark.parametrize("rising", [False, True])
+def test_states_are_those_of_the_rounded(
+    k_len: int, dim: int, dtype: torch.dtype, criterion: str, name: str, rising: bool
+) -> None:
+    """Marks and anchors, twice, but for tiles within rounding of the threshold, which are counted."""
+    q, k, v = make((1, 2, 2304, k_len, dim), dtype, sharpness=4.0)
+    if rising:
+        k[:, :, -200:-100] += 30 * (k[:, :, -200:-100] - k.mean(2, keepdim=True))
+    kernel = select_kernel(q.device, dtype, dim, qk_dtype=name)
+    assert isinstance(kernel, Kernel), kernel
+    taken = [rounded(q, name, 64, False).float().cpu(), rounded(k, name, 128, True).float().cpu(), v.float().cpu()]
+    now, threshold = torch.tensor([1, 0, 0, 1, 0], dtype=torch.int32), torch.tensor(-5.0)
+    expected = torch.zeros(state_shape(1, 1, 2, 2304, k_len, kernel.tile), dtype=torch.int32)
+    k_tiles = tile_count(k_len, kernel.tile.k)
+    layout, marked = row_layout(k_tiles), 0.0
+    for _ in range(2):
+        state = expected.cuda()
+        torch.ops.lite_compile.attend(
+            q, k, v, state, now.cuda(), dim**-0.5, threshold.cuda(), *kernel.tile, criterion=criterion,
+            kernel_name=kernel.name,
+        )  # fmt: skip
+        attend_reference(*taken, expected, now, dim**-0.5, threshold, kernel.tile, criterion=criterion)
+        for first, count in ((layout.mask_start, k_tiles), (layout.anchor_start, 32 * layout.anchor_words)):
+            ours, theirs = (unpack_bits(s[..., first:].cpu(), count) for s in (state, expected))
+            # fp8 products are summed in less than float32 by the tensor cores.
+            assert (ours != theirs).sum() <= (0.003 if name == "int8" else 0.02) * ours.numel()
+            marked = max(marked, float(theirs.float().mean()) if first == layout.mask_start else 0.0)
+    assert marked > 0.01
 
 
 @pytest.mark.parametrize("name", NAMES)

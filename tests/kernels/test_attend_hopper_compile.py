@@ -105,6 +105,7 @@ def unpublished_stores(ptx: str) -> list[str]:
         (BF16, 128, torch.int8, {}, 192),
         (BF16, 128, torch.float8_e4m3fn, {"EVEN_K": True}, 192),
         (BF16, 128, torch.int8, {"HAS_BIAS": True}, None),
+        (BF16, 64, torch.int8, {}, 16),
         (FP16, 64, torch.float8_e4m3fn, {}, 16),
         (BF16, 64, None, {"short": True}, 256),
         (BF16, 128, None, {"short": True}, 256),
@@ -137,6 +138,8 @@ def test_compiles_for_hopper(
     assert not constants.get("short") or unpublished_stores(build.ptx) == []
     fixes_shift = dtype == BF16 and head_dim > 64 and not constants.keys() & {"HAS_BIAS", "short"}
     assert ("min.u32" in build.ptx) is fixes_shift
+    offsets = qk == torch.int8 and not fixes_shift and "HAS_BIAS" not in constants
+    assert (str(0x4B400000) in build.ptx) is offsets
     assert not re.search(r"\bbar\.sync\s+\d+;", build.ptx)  # each barrier is one of a partition's threads
     assert spilled is None or build.spilled_bytes <= spilled
 

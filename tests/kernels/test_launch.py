@@ -185,6 +185,30 @@ def test_short_rows_need_one_launch() -> None:
     assert plan(128 * 64 + 1).lists is not None
 
 
+@pytest.mark.parametrize(
+    ("dtype", "dim", "biased", "qk_dtype", "fixed"),
+    [
+        (torch.bfloat16, 128, False, None, True),
+        (torch.bfloat16, 72, False, None, True),
+        (torch.bfloat16, 128, False, "int8", True),
+        (torch.bfloat16, 128, False, "fp8", True),
+        (torch.bfloat16, 64, False, None, False),
+        (torch.bfloat16, 128, True, None, False),
+        (torch.float16, 128, False, None, False),
+    ],
+)
+def test_which_long_rows_have_a_fixed_shift(
+    dtype: torch.dtype, dim: int, biased: bool, qk_dtype: str | None, fixed: bool
+) -> None:
+    from lite_compile.kernels.attend_hopper import _plan
+    from lite_compile.kernels.hopper_workers import attend_kernel
+
+    shapes = torch.Size((1, 1, 8, dim)), torch.Size((1, 1, 128 * 65, dim))
+    plan = _plan(*shapes, dtype, 97, 1, 1 if biased else None, False, (), qk_dtype, "max", False)
+    names = attend_kernel.arg_names[-len(plan.attend._values) :]
+    assert dict(zip(names, plan.attend._values, strict=True))["FIXED_SHIFT"] is fixed
+
+
 @pytest.mark.parametrize("ready", [False, True])
 @pytest.mark.parametrize("given", [False, True])
 def test_short_rows_are_given_their_arguments_by_place(
