@@ -147,9 +147,9 @@ def attention_short(names: Sequence[str] = ATTENTION) -> str:
     return table(header, rows) + about
 
 
-def attention_8_bits(names: Sequence[str] = ATTENTION_H100) -> str:
+def attention_8_bits() -> str:
     """What q and k in 8 bits bring and cost with nothing skipped."""
-    measured, about = load_newest(names, shape_name)
+    measured, about = load_newest(ATTENTION_H100, shape_name)
     found = {(shape_name(row), row["kernel"]): row for row in measured if not row["skipped"]}
     rows = []
     for shape in dict.fromkeys(shape for shape, _ in found):

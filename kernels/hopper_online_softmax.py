@@ -75,7 +75,7 @@ def visit_online(
     """
     scale, k_scales, turns_of = scaling
     key_biases, all_biased, _, _ = tables  # of which only the types are used
-    AS_BITS: gl.constexpr = ring[0].dtype == gl.int8 and not HAS_BIAS  # to bits no bias could be added
+    AS_BITS: gl.constexpr = ring[0].dtype == gl.int8 and not HAS_BIAS  # a bias is added to scores, not to bits
     ROW: gl.constexpr = gl.SliceLayout(1, zeros.type.layout)
     O_ROW: gl.constexpr = gl.SliceLayout(1, weighted.type.layout)
 
